@@ -1,0 +1,45 @@
+"""Distributionally robust and distributional preference-optimisation losses for language models, with fused kernels.
+
+Sources: [W] "Robust LLM Alignment via Distributionally Robust Direct Preference Optimization", arXiv 2502.01930.
+[A] "Distributional Preference Alignment of LLMs via Optimal Transport", arXiv 2406.05882.
+"""
+
+from robustloss import functional
+from robustloss._version import __version__
+from robustloss.functional import (
+    linear_sequence_logps,
+    linear_sequence_logratios,
+    sequence_logps,
+    sequence_logratios,
+    token_logps,
+)
+from robustloss.losses import (
+    LOSSES,
+    AOTPairedLoss,
+    AOTUnpairedLoss,
+    DPOLoss,
+    KLDPOLoss,
+    KLTilt,
+    KTOLoss,
+    Mean,
+    WDPOLoss,
+)
+
+__all__ = [
+    "LOSSES",
+    "AOTPairedLoss",
+    "AOTUnpairedLoss",
+    "DPOLoss",
+    "KLDPOLoss",
+    "KLTilt",
+    "KTOLoss",
+    "Mean",
+    "WDPOLoss",
+    "__version__",
+    "functional",
+    "linear_sequence_logps",
+    "linear_sequence_logratios",
+    "sequence_logps",
+    "sequence_logratios",
+    "token_logps",
+]

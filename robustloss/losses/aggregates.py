@@ -1,0 +1,93 @@
+"""Aggregates: how the losses of a batch become one number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from robustloss import functional
+from robustloss.validation import check_number
+
+
+class Aggregate(Protocol):
+    """losses [B], weights [B] or None -> (value [], metrics of detached tensors)."""
+
+    coupled: bool  # whether a sample's gradient depends on the other samples
+
+    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Mean:
+    r"""The (weighted) mean :math:`\sum_i q_i l_i`."""
+
+    coupled = False
+
+    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        if weights is None:
+            return losses.mean() if losses.numel() else losses.sum(), {}
+        return (functional.normalized_weights(losses, weights) * losses).sum(), {}
+
+
+@dataclass(frozen=True)
+class KLTilt:
+    r"""The worst case near the batch in Kullback-Leibler divergence: :math:`\sum_i P_i l_i`,
+    :math:`P_i \propto q_i e^{l_i / \tau}`.
+
+    Give exactly one of
+
+    - `tau` (nats of loss, > 0): the temperature itself ([W] Alg. 2); small tau looks at the worst pairs only;
+    - `rho` (nats, >= 0): the radius; the temperature is solved so that KL(P || q) = rho ([W] Theorem 3).
+
+    `normalize=False` (with `tau`) gives the weights of the papers' released code, exp((l - mean) / tau), not
+    normalised and clamped at `max_weight` (10 there), for comparisons with it.
+
+    Metrics: tilt/effective_sample_size (1 / sum P_i^2, in samples), tilt/max_weight (the largest P_i), tilt/tau.
+
+    Raises:
+        ValueError: both or neither of tau and rho; tau <= 0; rho < 0; options that do not go together.
+    """
+
+    tau: float | None = None
+    rho: float | None = None
+    normalize: bool = True
+    max_weight: float | None = None
+
+    coupled = True
+
+    def __post_init__(self):
+        if (self.tau is None) == (self.rho is None):
+            raise ValueError(f"give exactly one of tau and rho, got tau={self.tau} and rho={self.rho}")
+        if self.tau is not None:
+            check_number("tau", self.tau, above=0)
+        if self.rho is not None:
+            check_number("rho", self.rho, at_least=0)
+        if self.max_weight is not None:
+            check_number("max_weight", self.max_weight, above=0)
+        if self.normalize and self.max_weight is not None:
+            raise ValueError("max_weight clamps unnormalised weights: give normalize=False with it, or leave it out")
+        if not self.normalize and self.tau is None:
+            raise ValueError("normalize=False needs tau: a radius rho is defined for a normalised distribution only")
+
+    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        if losses.numel() == 0:
+            return losses.sum(), {}
+        if self.rho is not None:
+            value, worst_case, tau = functional.kl_ball(losses, rho=self.rho, weights=weights)
+        else:
+            assert self.tau is not None
+            tau = losses.new_tensor(self.tau)
+            if self.normalize:
+                value, worst_case = functional.kl_tilt(losses, tau=self.tau, weights=weights)
+            else:
+                value, worst_case = functional.kl_tilt_unnormalized(
+                    losses, tau=self.tau, max_weight=self.max_weight, weights=weights
+                )
+        metrics = {
+            "tilt/effective_sample_size": worst_case.sum().square() / worst_case.square().sum(),
+            "tilt/max_weight": worst_case.max(),
+            "tilt/tau": tau,
+        }
+        return value, metrics

@@ -1,0 +1,165 @@
+"""What all losses share: the checks of their inputs, the link, the rewards and their metrics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robustloss import functional
+from robustloss.naive.links import LINKS, OFFSET_LINKS, SMOOTHED_LINKS
+from robustloss.naive.token_logps import statistics_dtype
+from robustloss.validation import (
+    check_choice,
+    check_finite,
+    check_number,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
+
+LossOutput = Tensor | tuple[Tensor, dict[str, Tensor]]
+
+
+class PreferenceLoss(nn.Module):
+    """A loss of sequence log-probabilities: a margin, a link and an aggregate."""
+
+    paired: bool  # whether forward takes (chosen, rejected) pairs or single completions with a label
+    coupled: bool  # whether a sample's gradient depends on the other samples of the batch
+
+    def __init__(self, beta: float, link: str, label_smoothing: float, reduction: str = "mean"):
+        super().__init__()
+        self.link = check_choice("link", link, LINKS)
+        check_choice("reduction", reduction, ("mean", "none"))
+        # [A]'s offset may be zero; an inverse temperature of zero would ignore the data.
+        self.beta = (
+            check_number("beta", beta, at_least=0) if link in OFFSET_LINKS else check_number("beta", beta, above=0)
+        )
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+        if label_smoothing and link not in SMOOTHED_LINKS:
+            raise ValueError(
+                f"label_smoothing={label_smoothing:g} is defined for the links {SMOOTHED_LINKS}, not for {link!r}"
+            )
+        self.reduction = reduction
+
+    def extra_repr(self) -> str:
+        parts = [f"beta={self.beta:g}", f"link={self.link!r}"]
+        if self.label_smoothing:
+            parts.append(f"label_smoothing={self.label_smoothing:g}")
+        if self.reduction != "mean":
+            parts.append(f"reduction={self.reduction!r}")
+        return ", ".join(parts)
+
+    def rewards(self, policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
+        """The implicit rewards beta * (policy_logps - ref_logps), in nats, of any shape."""
+        return self.beta * (policy_logps - ref_logps)
+
+    def _link(self, margins: Tensor) -> Tensor:
+        return functional.link_loss(margins, beta=self.beta, link=self.link, label_smoothing=self.label_smoothing)
+
+    def _refuse_reduction_none(self, reason: str) -> None:
+        if self.reduction == "none":
+            raise ValueError(f"reduction='none' is undefined for {type(self).__name__}: {reason}")
+
+
+def check_logps(**logps: Tensor) -> list[Tensor]:
+    """Log-probabilities as float32 (or float64) vectors of one length, on one device, finite."""
+    (first_name, first), *_ = logps.items()
+    for name, value in logps.items():
+        check_tensor(name, value)
+        if value.ndim != 1:
+            raise ValueError(f"{name} must be [B] (one log-probability a sequence), got {tuple(value.shape)}")
+        check_shape(name, value, first.shape, f"{first_name}'s shape")
+        check_same_device(name, value, first_name, first)
+        check_finite(name, value)
+    dtype = statistics_dtype(
+        torch.float64 if any(value.dtype == torch.float64 for value in logps.values()) else first.dtype
+    )
+    return [value.to(dtype) for value in logps.values()]
+
+
+def check_weights(weights: Tensor | None, like: Tensor) -> Tensor | None:
+    """Sample weights [B]: non-negative, not all zero; they are constants."""
+    if weights is None:
+        return None
+    check_shape("weights", check_tensor("weights", weights), like.shape, "one weight a sample")
+    check_same_device("weights", weights, "the log-probabilities", like)
+    check_finite("weights", weights)
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and weights.numel():
+        if bool((weights < 0).any()):
+            raise ValueError(f"weights must be >= 0, got a minimum of {weights.min().item():g}")
+        if not bool((weights > 0).any()):
+            raise ValueError("weights must not all be zero")
+    return weights.detach().to(like.dtype)
+
+
+def reward_metrics(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_logps: Tensor, rejected_logps: Tensor
+) -> dict[str, Tensor]:
+    """Means over each side under the names users grep for; NaN where a side is empty."""
+    metrics = {
+        "rewards/chosen": chosen_rewards.mean(),
+        "rewards/rejected": rejected_rewards.mean(),
+        "rewards/margins": chosen_rewards.mean() - rejected_rewards.mean(),
+        "logps/chosen": chosen_logps.mean(),
+        "logps/rejected": rejected_logps.mean(),
+    }
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+def dominance_metrics(margins: Tensor, mass: Tensor | None) -> dict[str, Tensor]:
+    area, share = functional.dominance_violation(margins.detach(), mass)
+    return {"dominance/violation_area": area, "dominance/violation_w1": share}
+
+
+class PairedLoss(PreferenceLoss):
+    """A loss of pairs (chosen, rejected)."""
+
+    paired = True
+
+    def _prepare(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        ref_chosen_logps: Tensor,
+        ref_rejected_logps: Tensor,
+        weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        policy_chosen, policy_rejected, ref_chosen, ref_rejected = check_logps(
+            policy_chosen_logps=policy_chosen_logps,
+            policy_rejected_logps=policy_rejected_logps,
+            ref_chosen_logps=ref_chosen_logps,
+            ref_rejected_logps=ref_rejected_logps,
+        )
+        # The reference is a constant of the problem, whatever graph it comes with.
+        return (
+            policy_chosen,
+            policy_rejected,
+            ref_chosen.detach(),
+            ref_rejected.detach(),
+            check_weights(weights, policy_chosen),
+        )
+
+    def _metrics(self, pc: Tensor, pr: Tensor, rc: Tensor, rr: Tensor) -> dict[str, Tensor]:
+        chosen, rejected = self.rewards(pc.detach(), rc), self.rewards(pr.detach(), rr)
+        metrics = reward_metrics(chosen, rejected, pc, pr)
+        metrics["rewards/accuracies"] = (chosen > rejected).to(chosen.dtype).mean()
+        return metrics
+
+
+class UnpairedLoss(PreferenceLoss):
+    """A loss of single completions labelled desirable or not."""
+
+    paired = False
+
+    def _prepare(
+        self, policy_logps: Tensor, ref_logps: Tensor, desirable: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        policy, ref = check_logps(policy_logps=policy_logps, ref_logps=ref_logps)
+        check_tensor("desirable", desirable, dtypes=(torch.bool,))
+        check_shape("desirable", desirable, policy.shape, "policy_logps' shape")
+        check_same_device("desirable", desirable, "policy_logps", policy)
+        return policy, ref.detach(), desirable, check_weights(weights, policy)
+
+    def _metrics(self, policy: Tensor, ref: Tensor, desirable: Tensor) -> dict[str, Tensor]:
+        rewards, policy = self.rewards(policy.detach(), ref), policy.detach()
+        return reward_metrics(rewards[desirable], rewards[~desirable], policy[desirable], policy[~desirable])

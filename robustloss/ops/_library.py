@@ -1,0 +1,65 @@
+"""The torch.library namespace `robustloss`, and whether its C++ half was built.
+
+Every op follows one pattern: its schema is defined here in Python, `csrc/<op>.cpp` registers the CPU implementation
+(TORCH_LIBRARY_IMPL), `kernels/<op>.py` serves CUDA and ROCm tensors, and `naive/<op>.py` serves the CPU where the
+extension was not built. A schema with registrations per dispatch key costs a fraction of `torch.library.custom_op`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("robustloss", "DEF")
+
+HAS_EXTENSION = importlib.util.find_spec("robustloss._C") is not None
+if HAS_EXTENSION:
+    importlib.import_module("robustloss._C")
+
+
+def register_cpu_fallback(op: str, naive: Callable[..., Any]) -> None:
+    """Serve CPU tensors by `naive` where the C++ extension was not built; the first call warns, once a process."""
+    if HAS_EXTENSION:
+        return
+
+    def fallback(*args: Any) -> Any:
+        _warn_extension_missing()
+        return naive(*args)
+
+    LIBRARY.impl(op, fallback, "CPU")
+
+
+def register_triton(op: str, launcher: str) -> None:
+    """Serve CUDA and ROCm tensors (both have the dispatch key CUDA) by `robustloss.kernels.<module>:<function>`.
+
+    The kernel is imported at the first call: an importable triton is not a usable one, so only a tensor that lives on
+    a GPU asks for it.
+    """
+    module_name, function_name = launcher.split(":")
+
+    def launch(*args: Any) -> Any:
+        module = importlib.import_module(f"robustloss.kernels.{module_name}")
+        return getattr(module, function_name)(*args)
+
+    LIBRARY.impl(op, launch, "CUDA")
+
+
+_warned = False
+
+
+def _warn_extension_missing() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "robustloss was installed without its C++ extension, so CPU tensors take the slower plain-PyTorch path; "
+            "reinstall with a C++ compiler and without ROBUSTLOSS_BUILD_EXT=0: "
+            "pip install --no-build-isolation --force-reinstall --no-deps robustloss",
+            RuntimeWarning,
+            stacklevel=3,
+        )

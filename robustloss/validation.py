@@ -1,0 +1,78 @@
+"""Checks that every public entry shares: the message names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32)
+
+
+def check_tensor(name: str, value: object, *, dtypes: Sequence[torch.dtype] = FLOATING_DTYPES) -> Tensor:
+    """Refuse what is no tensor (TypeError) or a tensor of another dtype (TypeError)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must have dtype {wanted}, got {str(value.dtype).removeprefix('torch.')}")
+    return value
+
+
+def check_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
+    """Refuse a tensor whose shape is not `shape`; `meaning` says where the wanted shape comes from."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({meaning}), got {tuple(value.shape)}")
+
+
+def check_same_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but {like_name} is on {like.device}; move one of them")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Refuse NaN and infinity in a CPU tensor.
+
+    On an accelerator the check would make the host wait for the device, so it is left to the training loop, which
+    looks at the loss it has copied to the host anyway; under torch.compile it is left out for the same reason.
+    """
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        index = tuple((~torch.isfinite(value)).nonzero()[0].tolist()) if value.ndim else ()
+        raise ValueError(
+            f"{name} holds {bad} non-finite value(s), the first at index {index}: "
+            f"{value[index].item() if index else value.item()}; log-probabilities and losses must be finite"
+        )
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+) -> float:
+    """Refuse what is no finite number (TypeError), or one outside the open or closed bounds (ValueError)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if above is not None and not value > above:
+        raise ValueError(f"{name} must be > {above:g}, got {value:g}")
+    if at_least is not None and not value >= at_least:
+        raise ValueError(f"{name} must be >= {at_least:g}, got {value:g}")
+    if below is not None and not value < below:
+        raise ValueError(f"{name} must be < {below:g}, got {value:g}")
+    return float(value)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
