@@ -11,7 +11,7 @@ TRITON ?= triton==3.7.1
 # torch comes first: the C++ extension is built against it, and a bare requirement would fetch another build.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet $(TRITON) numpy
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,bench,dev]"

@@ -36,12 +36,16 @@ def kl_tilt(losses: Tensor, *, tau: float, weights: Tensor | None = None) -> tup
     The value is :math:`\\sum_i P_i l_i`; every derivative is that of
     :math:`F = \\tau \\log \\sum_i q_i e^{l_i / \\tau}`.
     """
-    log_weights = normalized_weights(losses, weights).log()
-    scores = losses / tau + log_weights
+    nominal = normalized_weights(losses, weights)
+    counted = nominal > 0
+    # Shifted before the division: l / tau would overflow, or round the differences of large losses away.
+    maximum = torch.where(counted, losses.detach(), -math.inf).max()
+    scores = torch.where(counted, losses - maximum, 0.0) / tau + nominal.log()
     free_energy = tau * scores.logsumexp(0)
     worst_case = scores.detach().softmax(0)
     value = (worst_case * losses.detach()).sum()
-    return free_energy + (value - free_energy).detach(), worst_case
+    # The difference is exactly zero; at a high temperature F itself is mostly rounding.
+    return value + (free_energy - free_energy.detach()), worst_case
 
 
 def kl_tilt_unnormalized(

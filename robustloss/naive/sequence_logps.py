@@ -23,10 +23,10 @@ def shift_labels(labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None = 
     shifted = torch.full_like(labels, ignore_index)
     shifted[..., :-1] = labels[..., 1:]
     if cu_seqlens is not None:
-        lasts = cu_seqlens[1:].long() - 1
-        # An empty packed sequence has no last position: its index points into its left neighbour, at whose last
-        # position nothing is predicted anyway; before the first token it would be -1, hence the clamp.
-        shifted[..., lasts.clamp(min=0)] = torch.where(lasts >= 0, ignore_index, shifted[..., lasts.clamp(min=0)])
+        # One slot more than there are tokens: the end of an empty sequence before the first token falls into slot 0.
+        ends = torch.zeros(labels.shape[-1] + 1, dtype=torch.bool, device=labels.device)
+        ends[cu_seqlens[1:].long()] = True
+        shifted = torch.where(ends[1:], ignore_index, shifted)
     return shifted
 
 

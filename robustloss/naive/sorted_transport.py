@@ -40,7 +40,7 @@ def sorted_margins(
         v_levels = _weight_levels(v, v_weights, v_order)
         total = 1
     levels = torch.cat([u_levels, v_levels]).sort().values
-    mass = (levels.diff(prepend=levels.new_zeros(1)) / total).to(u.dtype)
+    mass = (levels.diff(prepend=levels.new_zeros(1)).double() / total).to(u.dtype)
     u_cells = torch.searchsorted(u_levels, levels).clamp(max=len(u) - 1)
     v_cells = torch.searchsorted(v_levels, levels).clamp(max=len(v) - 1)
     return u_sorted[u_cells] - v_sorted[v_cells], mass

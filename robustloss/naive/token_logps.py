@@ -41,5 +41,5 @@ def token_entropy(
     log_probabilities = (logits.to(statistics_dtype(logits.dtype)) / temperature).log_softmax(-1)
     # xlogy's convention, 0 log 0 = 0: a logit of -inf is a token that cannot occur, not an undefined entropy.
     probabilities = log_probabilities.exp()
-    entropy = -torch.where(probabilities > 0, probabilities * log_probabilities, 0.0).sum(-1)
+    entropy = -torch.where(probabilities != 0, probabilities * log_probabilities, 0.0).sum(-1)
     return torch.where(labels != ignore_index, entropy, 0.0)

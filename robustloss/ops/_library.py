@@ -17,9 +17,20 @@ import torch
 
 LIBRARY = torch.library.Library("robustloss", "DEF")
 
-HAS_EXTENSION = importlib.util.find_spec("robustloss._C") is not None
-if HAS_EXTENSION:
-    importlib.import_module("robustloss._C")
+
+def _load_extension() -> str | None:
+    """Load the C++ half, or say why there is none."""
+    if importlib.util.find_spec("robustloss._C") is None:
+        return "robustloss was installed without its C++ extension"
+    try:
+        importlib.import_module("robustloss._C")
+    except ImportError as error:
+        return f"robustloss's C++ extension was built against another torch and does not load ({error})"
+    return None
+
+
+EXTENSION_MISSING = _load_extension()
+HAS_EXTENSION = EXTENSION_MISSING is None
 
 
 def register_cpu_fallback(op: str, naive: Callable[..., Any]) -> None:
@@ -57,8 +68,8 @@ def _warn_extension_missing() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            "robustloss was installed without its C++ extension, so CPU tensors take the slower plain-PyTorch path; "
-            "reinstall with a C++ compiler and without ROBUSTLOSS_BUILD_EXT=0: "
+            f"{EXTENSION_MISSING}, so CPU tensors take the slower plain-PyTorch path; with torch and a C++ compiler "
+            "there, and without ROBUSTLOSS_BUILD_EXT=0, reinstall: "
             "pip install --no-build-isolation --force-reinstall --no-deps robustloss",
             RuntimeWarning,
             stacklevel=3,

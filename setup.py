@@ -1,0 +1,94 @@
+"""Builds `csrc/` as `robustloss._C` and installs the top-level `kernels/` as `robustloss.kernels`.
+
+The metadata is in pyproject.toml. In the environment, `ROBUSTLOSS_BUILD_EXT=0` leaves the extension out and `CXX` names
+the compiler.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+SKIP_EXTENSION = os.environ.get("ROBUSTLOSS_BUILD_EXT", "1") == "0"
+ROW_KERNELS = sorted(glob("csrc/*_kernel.cpp"))
+
+# Each row kernel is compiled once per instruction set and chosen at run time: a wheel built here runs elsewhere.
+INSTRUCTION_SETS = {"DEFAULT": []}
+if platform.machine() == "x86_64":
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["AVX2"] = avx2
+    INSTRUCTION_SETS["AVX512"] = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+
+
+def announce(message: str) -> None:
+    print(f"robustloss: {message}", file=sys.stderr)
+
+
+class BuildExtension(build_ext):
+    def build_extensions(self) -> None:
+        compiler = self.compiler.compiler_cxx[0] if self.compiler.compiler_type == "unix" else None
+        if importlib.util.find_spec("torch") is None:
+            announce(
+                "installing without the C++ extension: torch is not there; install it, then use --no-build-isolation"
+            )
+            self.extensions = []
+        elif compiler is None or shutil.which(compiler) is None:
+            announce(f"installing without the C++ extension, no compiler {compiler or 'of the Unix kind'} was found")
+            self.extensions = []
+        super().build_extensions()
+
+    def build_extension(self, extension: Extension) -> None:
+        # Imported here, because reading the metadata must not need torch.
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        extension.include_dirs += include_paths()
+        extension.library_dirs += library_paths()
+        extension.libraries += ["c10", "torch_cpu"]
+        # GCC 12 takes the deliberately undefined registers of its own intrinsics for a mistake.
+        extension.extra_compile_args += ["-O3", "-std=c++20", "-g0", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+        if sys.platform == "linux":
+            # To the compiler only: torch has loaded an OpenMP runtime already, and two in one process fight over cores.
+            extension.extra_compile_args += ["-fopenmp"]
+
+        def compile_for(instruction_set: str) -> list[str]:
+            definition = [f"-DCPU_CAPABILITY={instruction_set}", f"-DCPU_CAPABILITY_{instruction_set}"]
+            return self.compiler.compile(
+                ROW_KERNELS,
+                output_dir=os.path.join(self.build_temp, instruction_set),
+                include_dirs=extension.include_dirs,
+                extra_postargs=[*extension.extra_compile_args, *definition, *INSTRUCTION_SETS[instruction_set]],
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # The plain one first: of an inline function that several objects hold the linker keeps the first copy.
+            for objects in pool.map(compile_for, INSTRUCTION_SETS):
+                extension.extra_objects += objects
+        super().build_extension(extension)
+
+
+if SKIP_EXTENSION:
+    announce("installing without the C++ extension, because ROBUSTLOSS_BUILD_EXT=0")
+
+setup(
+    packages=[*find_packages(include=["robustloss", "robustloss.*"]), "robustloss.kernels"],
+    package_dir={"robustloss": "robustloss", "robustloss.kernels": "kernels"},
+    ext_modules=[]
+    if SKIP_EXTENSION
+    else [
+        Extension(
+            "robustloss._C",
+            sources=sorted(set(glob("csrc/*.cpp")) - set(ROW_KERNELS)),
+            depends=glob("csrc/*"),
+            language="c++",
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)
