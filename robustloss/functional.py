@@ -1,10 +1,7 @@
-"""Log-probabilities and log-ratios of sequences, and the pieces that losses are made of: links, tilts, sorted
-transport.
+"""Log-probabilities and log-ratios of sequences.
 
-Everything here is a pure function of tensors, twice differentiable, and works under torch.compile(fullgraph=True)
-(except `kl_ball`, which solves for its temperature on the host), autocast and torch.no_grad.
-
-The log-probability functions share these arguments:
+Everything here is a pure function of tensors, twice differentiable, and works under torch.compile(fullgraph=True),
+autocast and torch.no_grad. The functions share these arguments:
 
     labels: int64 or int32. Where a label equals `ignore_index`, nothing is counted; a sequence with no label left
         gives 0 and a zero gradient. On the CPU a label outside [0, V) raises ValueError; on a GPU it gives NaN,
@@ -27,28 +24,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from robustloss.naive.gradient_penalty import gradient_penalty
-from robustloss.naive.kl_tilt import kl_ball, kl_tilt, kl_tilt_unnormalized, normalized_weights
-from robustloss.naive.links import link_loss
 from robustloss.naive.sequence_logps import shift_labels
-from robustloss.naive.sorted_transport import dominance_violation, sorted_margins
 from robustloss.ops.linear_token_logps import default_chunk_size
 from robustloss.ops.sequence_sum import sequence_sum
 from robustloss.validation import INTEGER_DTYPES, check_number, check_same_device, check_shape, check_tensor
 
 __all__ = [
-    "dominance_violation",
-    "gradient_penalty",
-    "kl_ball",
-    "kl_tilt",
-    "kl_tilt_unnormalized",
     "linear_sequence_logps",
     "linear_sequence_logratios",
-    "link_loss",
-    "normalized_weights",
     "sequence_logps",
     "sequence_logratios",
-    "sorted_margins",
     "token_logps",
 ]
 

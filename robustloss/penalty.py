@@ -18,7 +18,7 @@ def check_double_backward(model: nn.Module, *, zero_stage: int = 0) -> None:
     """Refuse a model whose second derivative is missing or wrong.
 
     Args:
-        model: a Hugging Face model (its attention is read from `model.config`).
+        model: a Hugging Face model, wrapped or not (its attention is read from its modules' `config`).
         zero_stage: DeepSpeed's ZeRO stage that the model will be trained with.
 
     Raises:
@@ -30,7 +30,26 @@ def check_double_backward(model: nn.Module, *, zero_stage: int = 0) -> None:
             "exact WDPO has no second derivative under ZeRO-3, which releases parameters in between: use zero_stage 0, "
             "1 or 2"
         )
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    # Every module's config, so that a model inside a wrapper (DDP, PEFT, an engine) is seen too.
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    for attention in {getattr(config, "_attn_implementation", None) for config in configs}:
+        _check_attention(attention)
+    for name, module in model.named_modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if (
+            getattr(module, "gradient_checkpointing", False)
+            and checkpoint is not None
+            # Reentrant is what torch.utils.checkpoint, DeepSpeed's and others are unless they are told otherwise.
+            and not (isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant") is False)
+        ):
+            raise ValueError(
+                "exact WDPO needs a second derivative, which the reentrant gradient checkpointing of "
+                f"{name or 'the model'} lacks: "
+                'enable it with gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+
+
+def _check_attention(attention: str | None) -> None:
     if attention == "sdpa":
         allowed = [
             name
@@ -50,15 +69,3 @@ def check_double_backward(model: nn.Module, *, zero_stage: int = 0) -> None:
         raise ValueError(
             f"exact WDPO needs a second derivative, which attention {attention!r} lacks or drops silently: {INSTEAD}"
         )
-    for name, module in model.named_modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if (
-            getattr(module, "gradient_checkpointing", False)
-            and isinstance(checkpoint, functools.partial)
-            and checkpoint.keywords.get("use_reentrant", True)
-        ):
-            raise ValueError(
-                "exact WDPO needs a second derivative, which the reentrant gradient checkpointing of "
-                f"{name or 'the model'} lacks: "
-                'enable it with gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )

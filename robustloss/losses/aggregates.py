@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from robustloss import functional
+from robustloss.naive.kl_tilt import kl_ball, kl_tilt, kl_tilt_unnormalized, normalized_weights
 from robustloss.validation import check_number
 
 
+@runtime_checkable
 class Aggregate(Protocol):
     """losses [B], weights [B] or None -> (value [], metrics of detached tensors)."""
 
@@ -28,7 +29,7 @@ class Mean:
     def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         if weights is None:
             return losses.mean() if losses.numel() else losses.sum(), {}
-        return (functional.normalized_weights(losses, weights) * losses).sum(), {}
+        return (normalized_weights(losses, weights) * losses).sum(), {}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class KLTilt:
     `normalize=False` (with `tau`) gives the weights of the papers' released code, exp((l - mean) / tau), not
     normalised and clamped at `max_weight` (10 there), for comparisons with it.
 
-    Metrics: tilt/effective_sample_size (1 / sum P_i^2, in samples), tilt/max_weight (the largest P_i), tilt/tau.
+    Metrics: tilt/effective_sample_size ((sum P_i)^2 / sum P_i^2, in samples), tilt/max_weight (the largest P_i),
+    tilt/tau.
 
     Raises:
         ValueError: both or neither of tau and rho; tau <= 0; rho < 0; options that do not go together.
@@ -75,14 +77,14 @@ class KLTilt:
         if losses.numel() == 0:
             return losses.sum(), {}
         if self.rho is not None:
-            value, worst_case, tau = functional.kl_ball(losses, rho=self.rho, weights=weights)
+            value, worst_case, tau = kl_ball(losses, rho=self.rho, weights=weights)
         else:
             assert self.tau is not None
             tau = losses.new_tensor(self.tau)
             if self.normalize:
-                value, worst_case = functional.kl_tilt(losses, tau=self.tau, weights=weights)
+                value, worst_case = kl_tilt(losses, tau=self.tau, weights=weights)
             else:
-                value, worst_case = functional.kl_tilt_unnormalized(
+                value, worst_case = kl_tilt_unnormalized(
                     losses, tau=self.tau, max_weight=self.max_weight, weights=weights
                 )
         metrics = {

@@ -7,9 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from robustloss import functional
 from robustloss.losses.aggregates import Mean
 from robustloss.losses.base import LossOutput, PairedLoss, UnpairedLoss, dominance_metrics
+from robustloss.naive.sorted_transport import sorted_margins
 from robustloss.validation import check_choice
 
 SORTS = ("hard",)
@@ -22,7 +22,7 @@ def _warn_single(name: str) -> None:
             f"{name}: a sort of one sample a side is plain DPO on it; give larger batches, as the loss compares "
             "distributions",
             UserWarning,
-            stacklevel=3,
+            stacklevel=5,  # past forward and the two frames of nn.Module's call, at the caller's line
         )
 
 
@@ -41,7 +41,7 @@ class AOTPairedLoss(PairedLoss):
         sort: "hard".
         reduction: "mean"; "none" is refused, as the loss couples the batch.
 
-    Metrics: `DPOLoss`'s, and dominance/violation_area, dominance/violation_w1 (`functional.dominance_violation` of u
+    Metrics: `DPOLoss`'s, and dominance/violation_area, dominance/violation_w1 (`naive.sorted_transport` of u
         over v).
     """
 
@@ -59,6 +59,9 @@ class AOTPairedLoss(PairedLoss):
         super().__init__(beta, link, label_smoothing, reduction)
         self.sort = check_choice("sort", sort, SORTS)
         self._refuse_reduction_none(REASON)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sort={self.sort!r}"
 
     def forward(
         self,
@@ -79,7 +82,7 @@ class AOTPairedLoss(PairedLoss):
         )
         if len(pc) == 1:
             _warn_single(type(self).__name__)
-        margins, mass = functional.sorted_margins(pc - pr, rc - rr, weights, weights)
+        margins, mass = sorted_margins(pc - pr, rc - rr, weights, weights)
         value, _ = Mean()(self._link(margins), mass)
         return (value, self._metrics(pc, pr, rc, rr) | dominance_metrics(margins, mass)) if return_metrics else value
 
@@ -91,7 +94,7 @@ class AOTUnpairedLoss(UnpairedLoss):
               L = \int_0^1 \ell\left(F_u^{-1}(s) - F_v^{-1}(s)\right) ds, \quad r = \log\pi(y|x) - \log\pi_{ref}(y|x)
 
     Source: [A] sections 2.1 and 3, Eq. 3 and 9; unequal sizes by merging the two quantile grids
-        (`functional.sorted_margins`).
+        (`naive.sorted_transport`).
 
     Args: as `AOTPairedLoss`.
 
@@ -113,6 +116,9 @@ class AOTUnpairedLoss(UnpairedLoss):
         self.sort = check_choice("sort", sort, SORTS)
         self._refuse_reduction_none(REASON)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sort={self.sort!r}"
+
     def forward(
         self,
         policy_logps: Tensor,
@@ -132,21 +138,25 @@ class AOTUnpairedLoss(UnpairedLoss):
 
         Returns:
             A scalar, float32 or float64; or (scalar, metrics). A batch that holds one class only has nothing to
-            match: 0, with a zero gradient.
+            match: 0, with a zero gradient and no dominance metrics.
 
         Raises:
             TypeError, ValueError: dtypes, shapes or devices that do not fit; NaN or infinity on the CPU.
         """
         policy, ref, desirable, weights = self._prepare(policy_logps, ref_logps, desirable, weights)
         ratios = policy - ref
-        u, v = ratios[desirable], ratios[~desirable]
+        in_u, in_v = desirable, ~desirable
+        if weights is not None:
+            # Zero weight is absence, so that a class of nothing else counts as missing.
+            in_u, in_v = in_u & (weights > 0), in_v & (weights > 0)
+        u, v = ratios[in_u], ratios[in_v]
         if len(u) == 0 or len(v) == 0:
             value = 0 * ratios.sum()
             return (value, self._metrics(policy, ref, desirable)) if return_metrics else value
         if len(u) == len(v) == 1:
             _warn_single(type(self).__name__)
-        u_weights, v_weights = (None, None) if weights is None else (weights[desirable], weights[~desirable])
-        margins, mass = functional.sorted_margins(u, v, u_weights, v_weights)
+        u_weights, v_weights = (None, None) if weights is None else (weights[in_u], weights[in_v])
+        margins, mass = sorted_margins(u, v, u_weights, v_weights)
         value, _ = Mean()(self._link(margins), mass)
         return (
             (value, self._metrics(policy, ref, desirable) | dominance_metrics(margins, mass))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustloss import functional
-from robustloss.naive.links import LINKS, OFFSET_LINKS, SMOOTHED_LINKS
+from robustloss.naive.links import LINKS, OFFSET_LINKS, SMOOTHED_LINKS, link_loss
+from robustloss.naive.sorted_transport import dominance_violation
 from robustloss.naive.token_logps import statistics_dtype
 from robustloss.validation import (
     check_choice,
@@ -50,11 +50,15 @@ class PreferenceLoss(nn.Module):
         return ", ".join(parts)
 
     def rewards(self, policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
-        """The implicit rewards beta * (policy_logps - ref_logps), in nats, of any shape."""
-        return self.beta * (policy_logps - ref_logps)
+        """The implicit rewards beta * (policy_logps - ref_logps), in nats, of any shape.
+
+        For the links squared_hinge and least_squares, whose beta is an offset, they are the log-ratios themselves.
+        """
+        logratios = policy_logps - ref_logps
+        return logratios if self.link in OFFSET_LINKS else self.beta * logratios
 
     def _link(self, margins: Tensor) -> Tensor:
-        return functional.link_loss(margins, beta=self.beta, link=self.link, label_smoothing=self.label_smoothing)
+        return link_loss(margins, beta=self.beta, link=self.link, label_smoothing=self.label_smoothing)
 
     def _refuse_reduction_none(self, reason: str) -> None:
         if self.reduction == "none":
@@ -107,8 +111,8 @@ def reward_metrics(
 
 
 def dominance_metrics(margins: Tensor, mass: Tensor | None) -> dict[str, Tensor]:
-    area, share = functional.dominance_violation(margins.detach(), mass)
-    return {"dominance/violation_area": area, "dominance/violation_w1": share}
+    area, w1 = dominance_violation(margins.detach(), mass)
+    return {"dominance/violation_area": area, "dominance/violation_w1": w1}
 
 
 class PairedLoss(PreferenceLoss):

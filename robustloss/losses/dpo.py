@@ -28,7 +28,7 @@ class DPOLoss(PairedLoss):
         reduction: "mean", or "none" for the losses [B] (with Mean only).
 
     Raises:
-        ValueError: options out of range or that do not go together.
+        TypeError, ValueError: options of another type, out of range, or that do not go together.
     """
 
     def __init__(
@@ -40,7 +40,13 @@ class DPOLoss(PairedLoss):
         reduction: str = "mean",
     ):
         super().__init__(beta, link, label_smoothing, reduction)
-        self.aggregate = Mean() if aggregate is None else aggregate
+        aggregate = Mean() if aggregate is None else aggregate
+        if isinstance(aggregate, type) or not isinstance(aggregate, Aggregate):
+            raise TypeError(
+                "aggregate must be an aggregate such as Mean() or KLTilt(tau=0.1), "
+                f"got {type(aggregate).__name__} {aggregate!r}"
+            )
+        self.aggregate = aggregate
         self.coupled = self.aggregate.coupled
         if self.coupled:
             self._refuse_reduction_none(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from robustloss.losses.aggregates import Mean
 from robustloss.losses.base import LossOutput, UnpairedLoss, check_logps
-from robustloss.validation import check_number
+from robustloss.validation import check_number, check_same_device
 
 
 class KTOLoss(UnpairedLoss):
@@ -72,6 +72,9 @@ class KTOLoss(UnpairedLoss):
             baseline = torch.zeros((), dtype=ratios.dtype, device=ratios.device)
         else:
             (mismatched,) = check_logps(kl_logratios=kl_logratios)
+            check_same_device("kl_logratios", mismatched, "policy_logps", policy)
+            if not len(mismatched):
+                raise ValueError("kl_logratios must hold at least one log-ratio, got none; leave it out for z_0 = 0")
             baseline = mismatched.detach().mean().clamp(min=0).to(ratios.dtype)
         scores = self.beta * (ratios - baseline)
         losses = torch.where(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustloss import functional
 from robustloss.losses.base import LossOutput
 from robustloss.losses.dpo import DPOLoss
+from robustloss.naive.gradient_penalty import gradient_penalty
+from robustloss.naive.kl_tilt import normalized_weights
 from robustloss.validation import check_number, check_tensor
 
 
@@ -26,7 +27,9 @@ class WDPOLoss(DPOLoss):
         rho: strength of the penalty, the radius of the ball, >= 0.
         squared: the mean of squared norms, or its root.
         link, label_smoothing: as `DPOLoss`.
-        reduction: "mean"; "none" is refused, as the penalty belongs to the batch.
+        reduction: "mean"; "none" is refused: the penalty is reported and trained as one number.
+
+    Metrics: `DPOLoss`'s, and penalty/value and penalty/gradient_norm (the root of the mean squared norm).
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class WDPOLoss(DPOLoss):
         reduction: str = "mean",
     ):
         super().__init__(beta, label_smoothing, link, reduction=reduction)
-        self._refuse_reduction_none("its penalty belongs to the batch")
+        self._refuse_reduction_none("its penalty is reported and trained as one number")
         self.rho = check_number("rho", rho, at_least=0)
         if not isinstance(squared, bool):
             raise TypeError(f"squared must be a bool, got {type(squared).__name__}")
@@ -71,26 +74,25 @@ class WDPOLoss(DPOLoss):
         Raises:
             ValueError: embeddings missing, of a number of rows that is no multiple of B, or not in the graph.
         """
-        *logps, weights = self._prepare(
-            policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, weights
-        )
-        embeddings = self._check_embeddings(embeddings, logps[0])
-        with torch.enable_grad():
+        with torch.enable_grad():  # a conversion to float32 under torch.no_grad would cut the graph
+            *logps, weights = self._prepare(
+                policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, weights
+            )
+            embeddings = self._check_embeddings(embeddings, logps[0])
             losses = self.losses(*logps)
         if not losses.requires_grad:
             raise ValueError(
                 "embeddings must be part of the graph of the policy's log-probabilities, which carry no graph"
             )
         value, _ = self.aggregate(losses, weights)
-        penalty, norms = functional.gradient_penalty(
-            losses, embeddings, rho=self.rho, squared=self.squared, weights=weights
-        )
+        penalty, norms = gradient_penalty(losses, embeddings, rho=self.rho, squared=self.squared, weights=weights)
         value = value + penalty
         if not torch.is_grad_enabled():
             value = value.detach()
         if not return_metrics:
             return value
-        metrics = {"penalty/gradient_norm": norms.mean().sqrt(), "penalty/value": penalty.detach()}
+        mean_norm = (normalized_weights(norms, weights) * norms).sum()
+        metrics = {"penalty/gradient_norm": mean_norm.sqrt(), "penalty/value": penalty.detach()}
         return value, self._metrics(*logps) | metrics
 
     @staticmethod
@@ -102,9 +104,10 @@ class WDPOLoss(DPOLoss):
                 "robustloss.train.LossModule"
             )
         check_tensor("embeddings", embeddings)
-        if embeddings.ndim < 1 or len(embeddings) == 0 or len(embeddings) % max(len(like), 1):
+        rows, pairs = len(embeddings) if embeddings.ndim else 0, len(like)
+        if embeddings.ndim < 1 or (rows != pairs and (rows == 0 or pairs == 0 or rows % pairs)):
             raise ValueError(
-                f"embeddings must have a multiple of {len(like)} rows (chosen rows first, then rejected), "
+                f"embeddings must have a multiple of {pairs} rows (chosen rows first, then rejected), "
                 f"got {tuple(embeddings.shape)}"
             )
         if not embeddings.requires_grad:

@@ -28,9 +28,14 @@ def gradient_penalty(
     its own rows only. The penalty is differentiable when grad mode is on.
     """
     create_graph = torch.is_grad_enabled()
-    (gradient,) = torch.autograd.grad(losses.sum(), embeddings, create_graph=create_graph, retain_graph=True)
-    per_row = gradient.to(losses.dtype).square().flatten(1).sum(1) if gradient.ndim > 1 else gradient.square()
-    norms = per_row.view(-1, len(losses)).sum(0)
+    # grad_outputs instead of losses.sum(), which would have no graph under torch.no_grad.
+    (gradient,) = torch.autograd.grad(
+        losses, embeddings, torch.ones_like(losses), create_graph=create_graph, retain_graph=True, allow_unused=True
+    )
+    if gradient is None:
+        raise ValueError("embeddings must be part of the graph of the losses, which do not depend on them")
+    per_row = gradient.to(losses.dtype).square().unsqueeze(-1).flatten(1).sum(1)
+    norms = per_row.view(len(gradient) // max(len(losses), 1), len(losses)).sum(0)
     mean = (normalized_weights(losses, weights) * norms).sum()
     if squared:
         return rho * mean, norms.detach()

@@ -62,7 +62,7 @@ def kl_tilt_unnormalized(
     tilt = ((fixed - (nominal * fixed).sum()) / tau).exp()
     if max_weight is not None:
         tilt = tilt.clamp(max=max_weight)
-    worst_case = nominal * tilt
+    worst_case = torch.where(nominal > 0, nominal * tilt, 0.0)
     return (worst_case * losses).sum(), worst_case
 
 
@@ -74,50 +74,59 @@ def kl_ball(losses: Tensor, *, rho: float, weights: Tensor | None = None) -> tup
     fixed = losses.detach()
     maximum = fixed[nominal > 0].max()
     mass_at_maximum = nominal[fixed == maximum].sum()
+    mass_below = nominal[fixed < maximum].sum()
     if rho == 0:
         worst_case, tau = nominal, fixed.new_tensor(math.inf)
         value = (worst_case * losses).sum()
-    elif rho >= -math.log(mass_at_maximum):
+    elif rho >= math.log1p(mass_below / mass_at_maximum):
         worst_case, tau = torch.where(fixed == maximum, nominal / mass_at_maximum, 0.0), fixed.new_tensor(0.0)
         value = (worst_case * losses).sum()
     else:
-        tau = _solve_temperature(fixed, nominal, rho)
-        worst_case = (fixed / tau + nominal.log()).softmax(0)
-        # One Newton step from the solution costs nothing in value and makes tau a function of the losses, so that the
-        # second derivative sees how the temperature moves.
-        divergence = _divergence(losses, nominal, tau)
-        centred = fixed - (worst_case * fixed).sum()
-        curvature = (worst_case * centred.square()).sum() / tau**3
-        moved = tau - torch.where(curvature > 0, (rho - divergence) / curvature, 0.0)
-        value = moved * rho + moved * (losses / moved + nominal.log()).logsumexp(0)
-    return value.to(dtype), worst_case.detach().to(dtype), tau.to(dtype)
+        shifted = torch.where(nominal > 0, losses - maximum, 0.0)
+        tau = _solve_temperature(shifted.detach(), nominal, rho)
+        scores = shifted / tau + nominal.log()
+        worst_case = scores.detach().softmax(0)
+        free_energy = tau * scores.logsumexp(0)
+        # The temperature moves with the losses, d tau / d l = tau P (l - mean) / variance. That leaves the gradient P
+        # as it is and adds to the Hessian what this square, zero with a zero gradient, contributes.
+        mean = (worst_case * shifted.detach()).sum()
+        deviation = worst_case * (shifted.detach() - mean)
+        variance = (deviation * (shifted.detach() - mean)).sum().clamp(min=torch.finfo(torch.float64).tiny)
+        drift = (deviation * (losses - fixed)).sum().square() / (2 * variance * tau)
+        value = maximum + mean + (free_energy - free_energy.detach()) - drift
+    return value.to(dtype), worst_case.to(dtype), tau.to(dtype)
 
 
-def _divergence(losses: Tensor, nominal: Tensor, tau: Tensor) -> Tensor:
-    """KL(P_tau || q)."""
-    scores = losses / tau + nominal.log()
-    tilted = scores.softmax(0)
-    return (tilted * losses).sum() / tau - scores.logsumexp(0)
+def _divergence(exponents: Tensor, nominal: Tensor) -> float:
+    """KL(P || q) of P proportional to q exp(exponents)."""
+    centred = exponents - (nominal * exponents).sum()
+    if centred.abs().max() < 1:
+        # Both terms are close to zero and cancel to the second order: only expm1 and log1p leave digits of a tiny KL.
+        growth = nominal * centred.expm1()
+        return float((growth * centred).sum() / (1 + growth.sum()) - growth.sum().log1p())
+    scores = exponents + nominal.log()
+    return float((scores.softmax(0) * exponents).sum() - scores.logsumexp(0))
 
 
-def _solve_temperature(losses: Tensor, nominal: Tensor, rho: float, tolerance: float = 1e-14) -> Tensor:
-    """The tau at which KL(P_tau || q) = rho: Newton on log(1 / tau), kept inside a bracket by bisection.
+def _solve_temperature(shifted: Tensor, nominal: Tensor, rho: float) -> Tensor:
+    """The tau at which KL(P_tau || q) = rho, for losses whose maximum is 0: Newton for log KL as a function of
+    log(1 / tau), kept inside a bracket by bisection.
 
-    The divergence rises monotonically from 0 (tau infinite) to -log(mass at the maximum) (tau zero).
+    The divergence rises monotonically from 0 (tau infinite) to -log(mass at the maximum) (tau zero), like 1 / tau^2 at
+    first, which is a straight line in the logarithms.
     """
-    spread = losses[nominal > 0].max() - losses[nominal > 0].min()
-    scaled = (losses - losses[nominal > 0].max()) / spread
-    low, high, log_sharpness = -60.0, 60.0, 0.0
-    for _ in range(200):
+    spread = -shifted.min()
+    scaled = shifted / spread
+    low, high, log_sharpness = -200.0, 200.0, 0.0
+    for _ in range(100):
         sharpness = math.exp(log_sharpness)
-        scores = sharpness * scaled + nominal.log()
-        tilted = scores.softmax(0)
-        mean = (tilted * scaled).sum()
-        gap = float(sharpness * mean - scores.logsumexp(0)) - rho
-        if abs(gap) <= tolerance * max(rho, 1e-3) or high - low <= 1e-15 * max(1.0, abs(log_sharpness)):
+        divergence = _divergence(sharpness * scaled, nominal)
+        low, high = (log_sharpness, high) if divergence < rho else (low, log_sharpness)
+        tilted = (sharpness * scaled + nominal.log()).softmax(0)
+        slope = sharpness**2 * float((tilted * (scaled - (tilted * scaled).sum()).square()).sum())
+        step = divergence * math.log(rho / divergence) / slope if divergence > 0 and slope > 0 else math.nan
+        inside = low < log_sharpness + step < high
+        previous, log_sharpness = log_sharpness, log_sharpness + step if inside else (low + high) / 2
+        if abs(log_sharpness - previous) <= 1e-12:
             break
-        low, high = (log_sharpness, high) if gap < 0 else (low, log_sharpness)
-        slope = sharpness**2 * float((tilted * (scaled - mean).square()).sum())
-        newton = log_sharpness - gap / slope if slope > 0 else math.nan
-        log_sharpness = newton if low < newton < high else (low + high) / 2
     return spread / math.exp(log_sharpness)

@@ -50,17 +50,15 @@ def _weight_levels(values: Tensor, weights: Tensor | None, order: Tensor) -> Ten
     """The cumulative mass up to and including each sorted sample, in float64, ending at exactly one."""
     mass = torch.ones_like(values) if weights is None else weights
     cumulative = mass.detach().double()[order].cumsum(0)
-    return cumulative / cumulative[-1]
+    return cumulative / cumulative[-1:]
 
 
 def dominance_violation(margins: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
-    r"""How far u is from dominating v in the first order: (area [], share of the Wasserstein-1 distance []).
+    r"""How far u is from dominating v in the first order: (area [], w1 []), both 0 where it does.
 
-    The area is :math:`\int_0^1 (F_v^{-1} - F_u^{-1})_+ ds`, in nats; divided by
-    :math:`W_1 = \int_0^1 |F_u^{-1} - F_v^{-1}| ds` it runs from 0 (u dominates) to 1 (v dominates) and is 0 for equal
-    samples. Source: [A] Eq. 7, section 3; the ratio is the index of del Barrio et al. (2018) with W1 in place of W2.
+    area is the share of quantile levels at which :math:`F_u^{-1} < F_v^{-1}`, between 0 and 1; w1 is
+    :math:`\int_0^1 (F_v^{-1} - F_u^{-1})_+ ds`, in nats, the Wasserstein-1 distance from u to the nearest distribution
+    that dominates v. Source: [A] App. F (area of violation, Wasserstein-1 violation).
     """
     mass = torch.full_like(margins, 1 / max(margins.numel(), 1)) if mass is None else mass
-    area = (mass * (-margins).relu()).sum()
-    distance = (mass * margins.abs()).sum()
-    return area, torch.where(distance > 0, area / distance, 0.0)
+    return (mass * (margins < 0)).sum(), (mass * (-margins).relu()).sum()

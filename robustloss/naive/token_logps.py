@@ -25,7 +25,9 @@ def token_logps(
 ) -> Tensor:  # [...]
     """`log softmax(logits / temperature)[labels]`, and 0 where the label is `ignore_index`."""
     counted = labels != ignore_index
-    log_probabilities = (logits.to(statistics_dtype(logits.dtype)) / temperature).log_softmax(-1)
+    # What stands in an ignored row, NaN included, reaches neither the value nor the gradient.
+    logits = torch.where(counted.unsqueeze(-1), logits.to(statistics_dtype(logits.dtype)), 0.0)
+    log_probabilities = (logits / temperature).log_softmax(-1)
     picked = log_probabilities.gather(-1, torch.where(counted, labels, 0).long().unsqueeze(-1)).squeeze(-1)
     return torch.where(counted, picked, 0.0)
 
