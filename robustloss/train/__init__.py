@@ -1,0 +1,1 @@
+"""Training: data, the DeepSpeed loop, its reports and its command line."""

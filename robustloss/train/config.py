@@ -1,0 +1,348 @@
+"""What a run is made of: dataclasses read from YAML and `key=value` overrides, and every check that needs no model.
+
+All of it is plain data, so a mistake costs a second: unknown keys (the nearest valid one is named), wrong types,
+values out of range and options that cannot hold together raise `InputError` before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from robustloss.losses import LOSSES
+from robustloss.validation import check_choice, check_number
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave. The command line prints it as one line and exits with code 2."""
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """Mark the errors of a block that checks the user's input as `InputError`; those of a bug keep their traceback."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise InputError(str(error)) from error
+
+
+@dataclass
+class ModelConfig:
+    name_or_path: str = MISSING  # a Hugging Face name or a local folder
+    attn_implementation: str | None = None  # null: "sdpa", and "eager" for wdpo, which differentiates twice
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    chat_template: str | None = None  # a Jinja template in place of the tokenizer's own
+
+
+@dataclass
+class LoraConfig:
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"  # "all-linear", a regular expression, or a list of module names
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING  # a .jsonl, .json, .parquet or .csv file, or a Hugging Face dataset
+    train_split: str = "train"
+    eval: str | None = None  # null: `eval_fraction` of train is held out
+    eval_split: str = "test"
+    eval_fraction: float = 0.1
+    kind: str = "auto"  # preference, unpaired, or auto: by the columns
+    max_length: int = 1024
+    truncation: str = "prompt"  # drop the prompt's beginning first, or the completion's end
+
+
+@dataclass
+class ReferenceConfig:
+    mode: str = "precomputed"  # once, cached on disk; live: a frozen copy; base: the model under the LoRA adapter
+    name_or_path: str | None = None  # null: the policy before training
+    cache_dir: str | None = None  # null: <output_dir>/reference_cache
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0  # of matrices; biases and norms are never decayed
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    epsilon: float = 1e-8
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.1
+    gradient_clipping: float = 1.0  # the largest global norm; 0 turns it off
+
+
+@dataclass
+class BatchConfig:
+    microbatch: int = 8  # pairs (or unpaired samples) per process in one forward
+    accumulation: int = 1  # microbatches per optimizer step
+
+
+@dataclass
+class RunConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: dict[str, Any] = field(default_factory=lambda: {"name": "kldpo"})  # name, and the loss's own options
+    lora: LoraConfig | None = None
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    epochs: float = 1.0
+    max_steps: int | None = None  # optimizer steps; overrides epochs
+    precision: str = "fp32"
+    zero_stage: int = 0
+    seed: int = 0
+    output_dir: str = "runs/train"
+    resume: bool = True  # go on from the newest checkpoint in output_dir; false starts again
+    log_every: int = 1  # optimizer steps
+    eval_every: int | None = None  # optimizer steps; null: before and after training
+    save_every: int | None = None  # optimizer steps; null: about ten times in the run; 0: never
+    keep_checkpoints: int = 2
+
+
+# What may change between the runs that share an output folder: none of it touches the parameters.
+FREE_KEYS = ("output_dir", "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "reference.cache_dir")
+
+
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), *, base: dict[str, Any] | None = None
+) -> RunConfig:
+    """Read `path` (YAML) over the defaults and `base`, then `overrides` ("loss.tau=0.1"), and check the result.
+
+    Raises:
+        InputError: one line that names the key, what came and what is wanted.
+    """
+    layers = [base or {}]
+    if path is not None:
+        layers.append(_read_yaml(Path(path)))
+    layers.append(read_overrides(overrides))
+    config = OmegaConf.structured(RunConfig)
+    for layer in layers:
+        if "name" in (layer.get("loss") or {}):
+            # Another loss has other options: those of the layer below would only be refused.
+            config.loss = {}
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            raise InputError(f"config key {error.full_key!r}: {str(error).splitlines()[0]}") from error
+    for key, meaning in (
+        ("model.name_or_path", "a Hugging Face name or a local folder"),
+        ("data.train", "a .jsonl, .json, .parquet or .csv file, or a Hugging Face dataset"),
+    ):
+        if OmegaConf.is_missing(OmegaConf.select(config, key.split(".")[0]), key.split(".")[1]):
+            raise InputError(f"config key {key!r} is missing: give {meaning}")
+    try:
+        result: RunConfig = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise InputError(f"config key {error.full_key!r}: {str(error).splitlines()[0]}") from error
+    check_config(result)
+    return result
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def build_loss(options: dict[str, Any]) -> torch.nn.Module:
+    """The loss that `loss:` names, built with its options; an unknown name or option names the nearest valid one."""
+    options = dict(options)
+    name = options.pop("name", None)
+    if name not in LOSSES:
+        raise InputError(f"loss.name {name!r} is unknown{_nearest(str(name), LOSSES)}; known: {', '.join(LOSSES)}")
+    # A run trains one number, and an aggregate other than the loss's own is an object that YAML cannot name.
+    accepted = [key for key in inspect.signature(LOSSES[name]).parameters if key not in ("reduction", "aggregate")]
+    for key in options:
+        if key not in accepted:
+            raise InputError(
+                f"loss {name!r} has no option {key!r}{_nearest(key, accepted)}; its options: {', '.join(accepted)}"
+            )
+    try:
+        return LOSSES[name](**options)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"loss {name!r}: {error}") from error
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse values out of range and options that cannot hold together."""
+    with input_errors():
+        loss = build_loss(config.loss)
+        check_choice("data.kind", config.data.kind, ("auto", "preference", "unpaired"))
+        check_choice("data.truncation", config.data.truncation, ("prompt", "end"))
+        check_choice("reference.mode", config.reference.mode, ("precomputed", "live", "base"))
+        check_choice("optimizer.schedule", config.optimizer.schedule, ("cosine", "linear", "constant"))
+        check_choice("precision", config.precision, ("fp32", "bf16"))
+        if config.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {config.zero_stage}")
+        check_number("data.max_length", config.data.max_length, at_least=2)
+        check_number("data.eval_fraction", config.data.eval_fraction, at_least=0, below=1)
+        check_number("optimizer.learning_rate", config.optimizer.learning_rate, above=0)
+        check_number("optimizer.weight_decay", config.optimizer.weight_decay, at_least=0)
+        check_number("optimizer.epsilon", config.optimizer.epsilon, above=0)
+        check_number("optimizer.warmup_ratio", config.optimizer.warmup_ratio, at_least=0, below=1)
+        check_number("optimizer.gradient_clipping", config.optimizer.gradient_clipping, at_least=0)
+        if len(config.optimizer.betas) != 2:
+            raise ValueError(f"optimizer.betas must be two numbers, got {list(config.optimizer.betas)}")
+        for beta in config.optimizer.betas:
+            check_number("optimizer.betas", beta, at_least=0, below=1)
+        check_number("epochs", config.epochs, above=0)
+        for name, value, least in (
+            ("batch.microbatch", config.batch.microbatch, 1),
+            ("batch.accumulation", config.batch.accumulation, 1),
+            ("log_every", config.log_every, 1),
+            ("keep_checkpoints", config.keep_checkpoints, 1),
+            ("max_steps", config.max_steps, 1),
+            ("eval_every", config.eval_every, 1),
+            ("save_every", config.save_every, 0),
+        ):
+            if value is not None:
+                check_number(name, value, at_least=least)
+        if config.lora is not None:
+            check_number("lora.r", config.lora.r, at_least=1)
+            check_number("lora.alpha", config.lora.alpha, above=0)
+            check_number("lora.dropout", config.lora.dropout, at_least=0, below=1)
+        if config.loss["name"] == "aot_unpaired" and config.batch.microbatch == 1:
+            raise ValueError(
+                "loss 'aot_unpaired' matches desirable with undesirable samples of one microbatch, and "
+                "batch.microbatch is 1: there is nothing to match; use 8 or more"
+            )
+        _check_reference(config)
+        if needs_double_backward(loss):
+            _check_double_backward(config)
+
+
+def _check_reference(config: RunConfig) -> None:
+    reference = config.reference
+    if reference.mode == "base" and config.lora is None:
+        raise ValueError(
+            "reference.mode 'base' is the model under a LoRA adapter, but lora is null; "
+            "set lora, or use reference.mode 'precomputed' or 'live'"
+        )
+    if reference.mode == "base" and reference.name_or_path is not None:
+        raise ValueError(
+            "reference.mode 'base' is the policy's own base model, so reference.name_or_path must be null, "
+            f"got {reference.name_or_path!r}"
+        )
+
+
+def _check_double_backward(config: RunConfig) -> None:
+    attention = config.model.attn_implementation
+    if config.zero_stage == 3:
+        raise ValueError(
+            "loss 'wdpo' differentiates the gradient, which ZeRO-3 cannot (it releases the parameters between the "
+            "two passes); use zero_stage 0, 1 or 2"
+        )
+    if attention not in (None, "eager"):
+        raise ValueError(
+            f"loss 'wdpo' differentiates the gradient, which model.attn_implementation {attention!r} does not "
+            "support; use 'eager'"
+        )
+
+
+def needs_double_backward(loss: torch.nn.Module) -> bool:
+    """Whether the loss takes the gradient with respect to the input embeddings (the penalty of WDPO)."""
+    return "embeddings" in inspect.signature(loss.forward).parameters
+
+
+def needs_mismatched(loss: torch.nn.Module) -> bool:
+    """Whether the loss estimates its reference point from mismatched prompt and completion pairs (KTO)."""
+    return "kl_logratios" in inspect.signature(loss.forward).parameters
+
+
+def config_name(loss: torch.nn.Module) -> str:
+    return next(name for name, module in LOSSES.items() if type(loss) is module)
+
+
+def check_data_kind(loss: torch.nn.Module, kind: str, source: str) -> None:
+    """Refuse pairs for an unpaired loss and the reverse, before any model is loaded."""
+    wanted = "preference" if loss.paired else "unpaired"
+    if kind == wanted:
+        return
+    others = ", ".join(name for name, module in LOSSES.items() if module.paired != loss.paired)
+    columns = {"preference": "chosen and rejected", "unpaired": "completion and label"}
+    raise InputError(
+        f"loss {config_name(loss)!r} needs {wanted} data ({columns[wanted]}), but {source} holds {kind} data; "
+        f"losses for it: {others}"
+    )
+
+
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """Every leaf of a nested dictionary under its dotted key."""
+
+    def walk(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from walk(inner, f"{prefix}.{key}" if prefix else key)
+        else:
+            yield prefix, value
+
+    return dict(walk(config, ""))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"config file {str(path)!r} does not exist")
+    try:
+        # OmegaConf's loader is PyYAML's safe one, with 1e-6 read as a number.
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OSError, OmegaConfBaseException) as error:
+        raise InputError(f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"config file {str(path)!r} must hold keys and values, got a {type(content).__name__}")
+    _check_keys(content, RunConfig, prefix="")
+    return content
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """["loss.tau=0.1"] as {"loss": {"tau": 0.1}}."""
+    for override in overrides:
+        if "=" not in override:
+            raise InputError(f"override {override!r} must read key=value, such as loss.tau=0.1")
+    try:
+        content = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"overrides {' '.join(overrides)!r} cannot be read: {' '.join(str(error).split())}") from error
+    _check_keys(content, RunConfig, prefix="")
+    return content
+
+
+def _check_keys(layer: dict[str, Any], schema: type, prefix: str) -> None:
+    known = {field.name: field for field in dataclasses.fields(schema)}
+    sections = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "lora": LoraConfig,
+        "reference": ReferenceConfig,
+        "optimizer": OptimizerConfig,
+        "batch": BatchConfig,
+    }
+    for key, value in layer.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            raise InputError(f"unknown config key {name!r}{_nearest(str(key), known, prefix)}")
+        if not prefix and key in sections and isinstance(value, dict):
+            _check_keys(value, sections[key], f"{key}.")
+        elif not prefix and (key in sections or key == "loss") and not isinstance(value, dict):
+            if key == "lora" and value is None:
+                continue
+            raise InputError(f"config key {name!r} must be a section of keys and values, got {value!r}")
+
+
+def _nearest(word: str, known: Any, prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {prefix + close[0]!r}?"
+    return f"; valid keys: {', '.join(prefix + key for key in known)}" if prefix or not close else ""

@@ -1,0 +1,142 @@
+"""Processes and devices: one process, or several under torchrun or deepspeed, on CPUs or GPUs."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import socket
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from robustloss.train.config import InputError
+
+_set_here: dict[str, str] = {}  # environment variables
+
+
+def prepare_libraries() -> None:
+    """Keep the libraries below from talking: DeepSpeed of the accelerator it guesses, transformers of quick things."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # DeepSpeed's ZeRO-3 calls collectives by names that torch has since replaced; nobody who trains can change that.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def start() -> tuple[torch.device, bool]:
+    """Join the process group, or use the one there is: this process's device, and whether this began the group."""
+    prepare_libraries()
+    if "RANK" not in os.environ:  # plain `python`: a world of one process
+        _set_here.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        _set_here["MASTER_PORT"] = str(_free_port())
+        os.environ.update(_set_here)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    # On CPUs DeepSpeed would compile a shared-memory all-reduce for inference: 40 s, a compiler, no use in training.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device(get_accelerator().device_name(local_rank()))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    started = not dist.is_initialized()
+    deepspeed.init_distributed(get_accelerator().communication_backend_name() if device.type != "cpu" else "gloo")
+    return device, started
+
+
+def quiet_stdout() -> AbstractContextManager[Any]:
+    """Swallow what DeepSpeed prints of its memory while it sets up; its warnings are logged, and come through."""
+    return redirect_stdout(io.StringIO())
+
+
+def stop() -> None:
+    """Leave the process group; a later `start` begins a new one."""
+    import deepspeed
+
+    deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
+    while _set_here:  # a process started later must not take this one's address for its own
+        os.environ.pop(_set_here.popitem()[0], None)
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 -- the global generator is what libraries draw from
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}  # noqa: NPY002
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value (any picklable object), in the order of ranks, on all of them."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def on_first(action: Callable[[], object]) -> None:
+    """Do something that may refuse the user's input on the first process only; the others raise what it raised."""
+    error: list[InputError | None] = [None]
+    if is_first():
+        try:
+            action()
+        except InputError as refused:
+            error[0] = refused
+    dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
+
+
+@contextmanager
+def naming_step(step: int) -> Iterator[None]:
+    """Say in a FloatingPointError at which step it came."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}") from error
+
+
+def mean_by_name(records: Iterable[tuple[dict[str, float], float]]) -> dict[str, float]:
+    """Weighted means of (values by name, weight), over the records that hold a name with a number (not NaN)."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for values, weight in records:
+        for name, value in values.items():
+            if value == value:
+                sums[name] = sums.get(name, 0.0) + weight * value
+                weights[name] = weights.get(name, 0.0) + weight
+    return {name: sums[name] / weights[name] for name in sums}

@@ -1,0 +1,180 @@
+"""A causal language model and a loss as one module: `LossModule(model, loss).forward(batch) -> loss`.
+
+This is the unit that DeepSpeed (or DDP, or FSDP) wraps, because a loss that differentiates a gradient (WDPO) is wrong
+or refused outside of the wrapper. The model's output head is skipped: the last hidden states and the head's weight go
+to `linear_sequence_logps`, which never holds the [tokens, vocabulary] logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from robustloss.functional import linear_sequence_logps, sequence_logps
+from robustloss.train.config import needs_double_backward
+
+logger = logging.getLogger(__name__)
+
+
+class LossModule(nn.Module):
+    """`forward(batch)` is the loss of one microbatch, as a scalar to call backward on.
+
+    Args:
+        model: a Hugging Face causal language model, with or without a LoRA adapter of peft.
+        loss: a module of `robustloss.losses`; None for a model that only gives log-probabilities (a reference).
+
+    Batch (see `robustloss.train.data.Collator`), B pairs or samples, T tokens:
+        input_ids, attention_mask, labels: int64 [2B, T] (chosen rows first, then rejected), or [B, T] of unpaired data;
+            labels are -100 on prompt and padding, and not shifted.
+        desirable: bool [B], unpaired data only.
+        mismatched_input_ids, mismatched_attention_mask, mismatched_labels: int64 [B, T'], KTO only.
+        ref_chosen_logps, ref_rejected_logps | ref_logps(, ref_mismatched_logps): float32 [B], the reference's.
+
+    After a call `metrics` holds the loss's metrics and `logps` the policy's log-probabilities by name, detached.
+    """
+
+    def __init__(self, model: nn.Module, loss: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.metrics: dict[str, Tensor] = {}
+        self.logps: dict[str, Tensor] = {}
+        self._double_backward = loss is not None and needs_double_backward(loss)
+
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        text_config = causal_lm.config.get_text_config()
+        # Plain tuples, so that nn.Module does not register the same modules a second time.
+        self._parts = (causal_lm.get_decoder(), causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings())
+        # The transforms of the logits that are known; check_head refuses a model that has another one.
+        self._softcap = getattr(text_config, "final_logit_softcapping", None)
+        self._temperature = float(getattr(text_config, "logits_scaling", None) or 1.0)  # Granite divides
+        self._temperature /= float(getattr(text_config, "logit_scale", None) or 1.0)  # Cohere multiplies
+
+        head = self._parts[1]
+        self._fused_head = type(head) is nn.Linear
+        if not self._fused_head:
+            logger.info("the output head is a %s, so its logits are computed in full", type(head).__name__)
+        elif hasattr(head.weight, "ds_id"):
+            # ZeRO-3 gathers a parameter for its own module's forward; here it is used outside of it.
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(self, head.weight)
+
+    def forward(self, batch: dict[str, Tensor], output: str = "loss") -> Tensor | dict[str, Tensor]:
+        """The loss (output="loss"), or log-probabilities by name: the policy's ("logps"), or those of the base model
+        under the LoRA adapter ("base_logps").
+
+        Raises:
+            FloatingPointError: log-probabilities that are not finite (on the CPU, where looking costs nothing).
+        """
+        if output != "loss":
+            with self.model.disable_adapter() if output == "base_logps" else nullcontext():
+                return self._named_logps(batch)[0]
+        assert self.loss is not None, "a LossModule without a loss gives log-probabilities only"
+        # An evaluation of WDPO needs the graph from the embeddings to the log-probabilities even where nothing trains.
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self._double_backward):
+            logps, embeddings = self._named_logps(batch)
+        _check_finite(logps, batch["index"])
+        options = {"embeddings": embeddings} if self._double_backward else {}
+        if self.loss.paired:
+            loss, metrics = self.loss(
+                logps["chosen_logps"],
+                logps["rejected_logps"],
+                batch["ref_chosen_logps"],
+                batch["ref_rejected_logps"],
+                return_metrics=True,
+                **options,
+            )
+        else:
+            if "mismatched_logps" in logps:
+                options["kl_logratios"] = logps["mismatched_logps"] - batch["ref_mismatched_logps"]
+            loss, metrics = self.loss(
+                logps["logps"], batch["ref_logps"], batch["desirable"], return_metrics=True, **options
+            )
+        self.metrics = metrics
+        self.logps = {name: value.detach() for name, value in logps.items()}
+        return loss
+
+    def _named_logps(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The policy's log-probabilities by name, and the input embeddings where the loss differentiates by them."""
+        named = {}
+        if "mismatched_input_ids" in batch:
+            with torch.no_grad():  # KTO's reference point is held fixed
+                mismatched = {key: batch[f"mismatched_{key}"] for key in ("input_ids", "attention_mask", "labels")}
+                named["mismatched_logps"] = self._sequence_logps(mismatched)[0]
+        logps, embeddings = self._sequence_logps(batch)
+        if "desirable" in batch:
+            return {"logps": logps, **named}, embeddings
+        named["chosen_logps"], named["rejected_logps"] = logps.chunk(2)
+        return named, embeddings
+
+    def _sequence_logps(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:  # [rows], [rows, T, H]
+        decoder, head, embed = self._parts
+        inputs: dict[str, Tensor] = {"input_ids": batch["input_ids"]}
+        embeddings = None
+        if self._double_backward and torch.is_grad_enabled():
+            embeddings = embed(batch["input_ids"])
+            if not embeddings.requires_grad:  # a frozen embedding, under LoRA
+                embeddings.requires_grad_()
+            inputs = {"inputs_embeds": embeddings}
+        hidden = decoder(**inputs, attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
+        if self._fused_head:
+            logps = linear_sequence_logps(
+                hidden,
+                head.weight,
+                batch["labels"],
+                bias=head.bias,
+                softcap=self._softcap,
+                temperature=self._temperature,
+                shift=True,
+            )
+        else:
+            logits = head(hidden)
+            if self._softcap is not None:
+                logits = self._softcap * torch.tanh(logits / self._softcap)
+            logps = sequence_logps(logits, batch["labels"], temperature=self._temperature, shift=True)
+        return logps, embeddings
+
+
+@torch.no_grad()
+def check_head(module: Callable[..., dict[str, Tensor]], model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Refuse a model whose logits are not the head's product with the last hidden state.
+
+    A scale or a cap that LossModule does not know would train another model than the one that is then sampled.
+
+    Args:
+        module: a LossModule, or the engine around one.
+        model: the model in it.
+        batch: as for LossModule; a row or two will do.
+
+    Raises:
+        ValueError: the model's own logits give other log-probabilities.
+        FloatingPointError: they are not finite.
+    """
+    named = module(batch, output="logps")
+    ours = named["logps"] if "logps" in named else torch.cat([named["chosen_logps"], named["rejected_logps"]])
+    if not bool(ours.isfinite().all()):
+        raise FloatingPointError("the model's log-probabilities are not finite before any training")
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    theirs = sequence_logps(logits, batch["labels"], shift=True)
+    tokens = (batch["labels"][:, 1:] != -100).sum(-1).clamp(min=1)
+    difference = float(((ours - theirs).abs() / tokens).max())
+    # Per token; bfloat16 logits of about 10 are rounded to 0.03.
+    if not difference < (5e-2 if logits.dtype == torch.bfloat16 else 1e-3):
+        raise ValueError(
+            f"model {type(model).__name__} transforms its logits in a way that robustloss does not know: its own "
+            f"log-probabilities differ by {difference:.3g} nats a token from those of its output head"
+        )
+
+
+def _check_finite(logps: dict[str, Tensor], index: Tensor) -> None:
+    if index.device.type != "cpu":
+        return
+    for name, value in logps.items():
+        if not bool(value.isfinite().all()):
+            rows = index[~value.detach().isfinite()].tolist()
+            raise FloatingPointError(f"the policy's {name} are not finite for the dataset's rows {rows}")

@@ -1,0 +1,173 @@
+"""Every mistake in the input is one line on stderr and exit code 2, before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import pair_rows, save_tiny, tiny_gpt2, unpaired_rows, write_rows
+
+from robustloss.train.cli import main
+
+
+@pytest.fixture
+def refuse(tiny, tmp_path, capsys, monkeypatch):
+    """Run the command line on the tiny model with some changes; returns what it says, which must be one line."""
+
+    def call(*overrides: str, data: str = tiny.pairs, model: str = tiny.gpt2, loads_model: bool = False) -> str:
+        if not loads_model:
+            monkeypatch.setattr("robustloss.train.engine.load_model", lambda *_: pytest.fail("the model was loaded"))
+        config = tmp_path / "run.yaml"
+        config.write_text(json.dumps(tiny.settings(tmp_path / "run", data={"train": data, "eval": None})))
+        code = main(["train", "--config", str(config), f"model.name_or_path={model}", *overrides])
+        lines = capsys.readouterr().err.splitlines()
+        assert code == 2
+        assert len(lines) == 1
+        assert lines[0].startswith("robustloss: error: ")
+        return lines[0]
+
+    return call
+
+
+def rows_file(tmp_path, rows):
+    return write_rows(tmp_path / "rows.jsonl", rows)
+
+
+def test_an_unknown_key_names_the_nearest(refuse):
+    assert "unknown config key 'optimizer.learning_rte'; did you mean 'optimizer.learning_rate'?" in refuse(
+        "optimizer.learning_rte=1"
+    )
+
+
+def test_a_config_file_that_is_missing(capsys):
+    assert main(["train", "--config", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == "robustloss: error: config file 'nowhere.yaml' does not exist\n"
+
+
+def test_a_data_file_that_is_missing(refuse, tmp_path):
+    assert "nowhere.jsonl" in refuse(data=str(tmp_path / "nowhere.jsonl"))
+
+
+def test_a_json_line_that_does_not_parse_names_file_and_line(refuse, tmp_path):
+    file = tmp_path / "broken.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": oops}\n')
+    assert f"{file}:2" in refuse(data=str(file))
+
+
+def test_a_missing_column_is_named_with_those_present(refuse, tmp_path):
+    message = refuse(data=rows_file(tmp_path, [{"prompt": "a", "chosen": "b"}]))
+    assert "'rejected'" in message
+    assert "'chosen'" in message
+
+
+def test_an_empty_completion_names_the_line(refuse, tmp_path):
+    file = rows_file(tmp_path, [*pair_rows(3), {"prompt": "a", "chosen": "", "rejected": "c"}])
+    assert f"{file}:4" in refuse(data=file)
+
+
+def test_a_completion_of_which_truncation_leaves_nothing(refuse, tmp_path):
+    file = rows_file(tmp_path, [{"prompt": "long " * 20, "chosen": "b", "rejected": "c"}] * 4)
+    assert "data.max_length=16" in refuse("data.max_length=16", "data.truncation=end", data=file)
+
+
+def test_both_tau_and_rho(refuse):
+    assert "exactly one of tau and rho" in refuse("loss.name=kldpo", "loss.tau=1", "loss.rho=1")
+
+
+def test_tau_must_be_positive(refuse):
+    assert "tau must be > 0, got 0" in refuse("loss.name=kldpo", "loss.tau=0")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_wdpo_refuses_fused_attention(refuse, attention):
+    message = refuse("loss.name=wdpo", f"model.attn_implementation={attention}")
+    assert attention in message
+    assert "'eager'" in message
+
+
+def test_wdpo_refuses_zero_3(refuse):
+    assert "zero_stage 0, 1 or 2" in refuse("loss.name=wdpo", "zero_stage=3")
+
+
+def test_a_paired_loss_refuses_unpaired_data_and_the_reverse(refuse, tmp_path, tiny):
+    assert "loss 'dpo' needs preference data" in refuse(data=rows_file(tmp_path, unpaired_rows()))
+    assert "loss 'kto' needs unpaired data" in refuse("loss.name=kto", data=tiny.pairs)
+
+
+def test_aot_unpaired_has_nothing_to_match_in_a_microbatch_of_one(refuse, tiny):
+    assert "batch.microbatch" in refuse("loss.name=aot_unpaired", "batch.microbatch=1", data=tiny.unpaired)
+
+
+def test_base_reference_needs_lora(refuse):
+    assert "lora is null" in refuse("reference.mode=base")
+
+
+def test_a_model_that_is_not_there(refuse, tmp_path):
+    assert "nowhere" in refuse(model=str(tmp_path / "nowhere"))
+
+
+def test_sequences_longer_than_the_model(refuse, tmp_path):
+    file = rows_file(tmp_path, [{"prompt": "a", "chosen": "long " * 40, "rejected": "c"}] * 4)
+    assert "the model has 128 positions; set data.max_length=128 or less" in refuse("data.max_length=512", data=file)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(refuse, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=8, n_layer=1, n_head=1, n_positions=128))
+    message = refuse(model=save_tiny(tmp_path / "small", small))
+    assert "the tokenizer gives token 256, but the model's vocabulary has 100" in message
+
+
+def test_holding_out_everything(refuse, tmp_path):
+    assert "leaves none to train on" in refuse("data.eval_fraction=0.9", data=rows_file(tmp_path, pair_rows(2)))
+
+
+def test_log_probabilities_that_are_not_finite(refuse, tmp_path):
+    model = tiny_gpt2()
+    with torch.no_grad():
+        model.transformer.h[0].ln_1.weight[0] = float("nan")
+    message = refuse(model=save_tiny(tmp_path / "nan", model), loads_model=True)
+    assert "not finite" in message
+
+
+def test_a_tied_output_head_takes_no_adapter(refuse):
+    message = refuse("lora.target_modules=[c_attn,lm_head]", loads_model=True)
+    assert "leave the head out" in message
+
+
+def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
+    def buggy(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("robustloss.train.loop.load_inputs", buggy)
+    with pytest.raises(KeyError, match="a bug"):
+        main(["train", f"model.name_or_path={tiny.gpt2}", f"data.train={tiny.pairs}", "loss.name=dpo"])
+
+
+def test_the_process_ends_with_code_2_and_says_nothing_else(tiny, tmp_path):
+    finished = subprocess.run(
+        [sys.executable, "-m", "robustloss.train.cli", "--local_rank=0", "train", f"model.name_or_path={tiny.gpt2}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert finished.stderr.splitlines() == [
+        "robustloss: error: config key 'data.train' is missing: give a .jsonl, .json, .parquet or .csv file, or a "
+        "Hugging Face dataset"
+    ]
+
+
+def test_version_and_help(capsys):
+    from robustloss import __version__
+
+    for argument, told in (("--version", __version__), ("--help", "train")):
+        with pytest.raises(SystemExit) as ended:
+            main([argument])
+        assert ended.value.code == 0
+        assert told in capsys.readouterr().out

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+
+from robustloss.train.config import FREE_KEYS, InputError, RunConfig, flatten, load_config, read_overrides, save_config
+
+COMPLETE = {"model": {"name_or_path": "m"}, "data": {"train": "d.jsonl"}, "loss": {"name": "dpo"}}
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_overrides_win_over_the_file_which_wins_over_the_defaults(tmp_path):
+    file = write(
+        tmp_path / "run.yaml",
+        "model: {name_or_path: m}\ndata: {train: d}\nloss: {name: kldpo, tau: 0.5}\noptimizer: {learning_rate: 1e-5}\n",
+    )
+    config = load_config(file, ["loss.tau=0.1", "seed=3"])
+    assert config.loss == {"name": "kldpo", "tau": 0.1}
+    assert config.seed == 3
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.optimizer.epsilon == RunConfig().optimizer.epsilon
+
+
+def test_naming_another_loss_drops_the_options_of_the_one_below():
+    base = {**COMPLETE, "loss": {"name": "kldpo", "tau": 0.5}}
+    assert load_config(None, ["loss.name=dpo"], base=base).loss == {"name": "dpo"}
+    assert load_config(None, ["loss.beta=0.2"], base=base).loss == {"name": "kldpo", "tau": 0.5, "beta": 0.2}
+
+
+def test_a_saved_config_reads_back_the_same(tmp_path):
+    config = load_config(None, ["lora.r=4", "max_steps=7", "loss.beta=0.3"], base=COMPLETE)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimiser.learning_rate=1", "unknown config key 'optimiser'; did you mean 'optimizer'"),
+        ("optimizer.learning_rat=1", "did you mean 'optimizer.learning_rate'"),
+        ("max_step=1", "did you mean 'max_steps'"),
+        ("loss.label_smooth=0.1", "did you mean 'label_smoothing'"),
+        ("loss.reduction=none", "loss 'dpo' has no option 'reduction'"),
+        ("loss.name=kldop", "did you mean 'kldpo'"),
+        ("loss.beta=-1", "loss 'dpo': beta must be > 0, got -1"),
+        ("loss.beta=much", "loss 'dpo': beta must be a number"),
+        ("batch.microbatch=many", "config key 'batch.microbatch'"),
+        ("batch.microbatch=0", "batch.microbatch must be >= 1, got 0"),
+        ("zero_stage=4", "zero_stage must be 0, 1, 2 or 3, got 4"),
+        ("precision=fp8", "precision must be one of 'fp32', 'bf16', got 'fp8'"),
+        ("optimizer.betas=[0.9]", "optimizer.betas must be two numbers"),
+        ("optimizer.warmup_ratio=1", "optimizer.warmup_ratio must be < 1"),
+        ("data.eval_fraction=1.5", "data.eval_fraction must be < 1"),
+        ("data.truncation=middle", "data.truncation must be one of"),
+        ("reference.mode=base", "lora is null"),
+        ("model=gpt2", "config key 'model' must be a section"),
+        ("seed", "must read key=value"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(override, message):
+    with pytest.raises(InputError, match=r"^[^\n]*$") as error:
+        load_config(None, [override], base=COMPLETE)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"name": "kldpo"}, "exactly one of tau and rho"),
+        ({"name": "kldpo", "tau": 0.1, "rho": 0.1}, "exactly one of tau and rho"),
+        ({"name": "kldpo", "tau": 0}, "tau must be > 0"),
+        ({"name": "kldpo", "rho": -1}, "rho must be >= 0"),
+    ],
+)
+def test_the_options_of_a_loss_are_checked_by_building_it(loss, message):
+    with pytest.raises(InputError, match=message):
+        load_config(None, base={**COMPLETE, "loss": loss})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.attn_implementation=sdpa"], "model.attn_implementation 'sdpa' does not support; use 'eager'"),
+        (["model.attn_implementation=flash_attention_2"], "use 'eager'"),
+        (["zero_stage=3"], "use zero_stage 0, 1 or 2"),
+    ],
+)
+def test_exact_wdpo_refuses_what_has_no_second_derivative(changes, message):
+    with pytest.raises(InputError, match=message):
+        load_config(None, ["loss.name=wdpo", *changes], base=COMPLETE)
+
+
+def test_what_is_missing_is_asked_for():
+    with pytest.raises(InputError, match=r"'model.name_or_path' is missing"):
+        load_config(None)
+    with pytest.raises(InputError, match=r"'data.train' is missing"):
+        load_config(None, ["model.name_or_path=m"])
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nothing\.yaml' does not exist"):
+        load_config(tmp_path / "nothing.yaml")
+    with pytest.raises(InputError, match=r"bad\.yaml' cannot be read: [^\n]*$"):
+        load_config(write(tmp_path / "bad.yaml", "loss: [1, 2\n"))
+    with pytest.raises(InputError, match=r"list\.yaml' must hold keys and values"):
+        load_config(write(tmp_path / "list.yaml", "- 1\n"))
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(write(tmp_path / "evil.yaml", "seed: !!python/object/apply:os.getpid []\n"))
+
+
+def test_overrides_nest():
+    assert read_overrides(["loss.tau=0.1", "loss.name=kldpo", "seed=1"]) == {
+        "loss": {"tau": 0.1, "name": "kldpo"},
+        "seed": 1,
+    }
+
+
+def test_free_keys_exist():
+    from dataclasses import asdict
+
+    assert set(FREE_KEYS) <= flatten(asdict(RunConfig())).keys()
