@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from robustloss.train.config import FREE_KEYS, InputError, RunConfig, flatten, save_config
 from robustloss.train.distributed import gather, is_first, quiet_stdout, random_state, set_random_state
+from robustloss.train.files import replace_file
 
 MARKER = "COMPLETED"
 
@@ -72,10 +73,8 @@ def open_run(config: RunConfig, environment: dict[str, Any]) -> None:
         if not (folder / MARKER).is_file():
             shutil.rmtree(folder)
     check_same_run(config, environment["world_size"])
-    _write(run_dir / "environment.json", json.dumps(environment, indent=2))
-    temporary = run_dir / "config.yaml.tmp"
-    save_config(config, temporary)
-    os.replace(temporary, run_dir / "config.yaml")
+    replace_file(run_dir / "environment.json", json.dumps(environment, indent=2))
+    save_config(config, run_dir / "config.yaml")
 
 
 def check_same_run(config: RunConfig, world_size: int | None = None) -> None:
@@ -102,13 +101,6 @@ def check_same_run(config: RunConfig, world_size: int | None = None) -> None:
                 f"output_dir {str(run_dir)!r} holds a run of {saved_size} process(es), and this one has {world_size}; "
                 f"run it on as many, or {instead}"
             )
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _sync(path: Path) -> None:

@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from robustloss.losses import LOSSES
+from robustloss.losses import LOSSES, PreferenceLoss
+from robustloss.train.files import replace_file
 from robustloss.validation import check_choice, check_number
 
 
@@ -51,7 +51,7 @@ class ModelConfig:
 @dataclass
 class LoraConfig:
     r: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.0
     target_modules: Any = "all-linear"  # "all-linear", a regular expression, or a list of module names
 
@@ -132,7 +132,7 @@ def load_config(
     layers.append(read_overrides(overrides))
     config = OmegaConf.structured(RunConfig)
     for layer in layers:
-        if "name" in (layer.get("loss") or {}):
+        if (layer.get("loss") or {}).get("name", config.loss.get("name")) != config.loss.get("name"):
             # Another loss has other options: those of the layer below would only be refused.
             config.loss = {}
         try:
@@ -146,7 +146,7 @@ def load_config(
         if OmegaConf.is_missing(OmegaConf.select(config, key.split(".")[0]), key.split(".")[1]):
             raise InputError(f"config key {key!r} is missing: give {meaning}")
     try:
-        result: RunConfig = OmegaConf.to_object(config)
+        result = cast(RunConfig, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise InputError(f"config key {error.full_key!r}: {str(error).splitlines()[0]}") from error
     check_config(result)
@@ -154,10 +154,10 @@ def load_config(
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    OmegaConf.save(OmegaConf.structured(config), path)
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def build_loss(options: dict[str, Any]) -> torch.nn.Module:
+def build_loss(options: dict[str, Any]) -> PreferenceLoss:
     """The loss that `loss:` names, built with its options; an unknown name or option names the nearest valid one."""
     options = dict(options)
     name = options.pop("name", None)
@@ -252,21 +252,21 @@ def _check_double_backward(config: RunConfig) -> None:
         )
 
 
-def needs_double_backward(loss: torch.nn.Module) -> bool:
+def needs_double_backward(loss: PreferenceLoss) -> bool:
     """Whether the loss takes the gradient with respect to the input embeddings (the penalty of WDPO)."""
     return "embeddings" in inspect.signature(loss.forward).parameters
 
 
-def needs_mismatched(loss: torch.nn.Module) -> bool:
+def needs_mismatched(loss: PreferenceLoss) -> bool:
     """Whether the loss estimates its reference point from mismatched prompt and completion pairs (KTO)."""
     return "kl_logratios" in inspect.signature(loss.forward).parameters
 
 
-def config_name(loss: torch.nn.Module) -> str:
+def config_name(loss: PreferenceLoss) -> str:
     return next(name for name, module in LOSSES.items() if type(loss) is module)
 
 
-def check_data_kind(loss: torch.nn.Module, kind: str, source: str) -> None:
+def check_data_kind(loss: PreferenceLoss, kind: str, source: str) -> None:
     """Refuse pairs for an unpaired loss and the reverse, before any model is loaded."""
     wanted = "preference" if loss.paired else "unpaired"
     if kind == wanted:
@@ -279,7 +279,7 @@ def check_data_kind(loss: torch.nn.Module, kind: str, source: str) -> None:
     )
 
 
-def flatten(config: dict[str, Any]) -> dict[str, Any]:
+def flatten(config: Any) -> dict[str, Any]:
     """Every leaf of a nested dictionary under its dotted key."""
 
     def walk(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -297,7 +297,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"config file {str(path)!r} does not exist")
     try:
         # OmegaConf's loader is PyYAML's safe one, with 1e-6 read as a number.
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (YAMLError, OSError, OmegaConfBaseException) as error:
         raise InputError(f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -312,7 +312,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if "=" not in override:
             raise InputError(f"override {override!r} must read key=value, such as loss.tau=0.1")
     try:
-        content = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+        content: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"overrides {' '.join(overrides)!r} cannot be read: {' '.join(str(error).split())}") from error
     _check_keys(content, RunConfig, prefix="")

@@ -190,7 +190,7 @@ def _save_model(texts: list[str], folder: Path, seed: int) -> None:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=2 * MAX_LENGTH, **special)
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=2 * MAX_LENGTH, **special)
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=2 * MAX_LENGTH,

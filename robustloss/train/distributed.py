@@ -43,11 +43,12 @@ def start() -> tuple[torch.device, bool]:
 
     # On CPUs DeepSpeed would compile a shared-memory all-reduce for inference: 40 s, a compiler, no use in training.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = torch.device(get_accelerator().device_name(local_rank()))
+    accelerator: Any = get_accelerator()
+    device = torch.device(accelerator.device_name(local_rank()))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     started = not dist.is_initialized()
-    deepspeed.init_distributed(get_accelerator().communication_backend_name() if device.type != "cpu" else "gloo")
+    deepspeed.init_distributed(accelerator.communication_backend_name() if device.type != "cpu" else "gloo")
     return device, started
 
 

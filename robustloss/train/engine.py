@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustloss.losses import PreferenceLoss
 from robustloss.penalty import check_double_backward
 from robustloss.train.config import InputError, LoraConfig, ModelConfig, RunConfig, input_errors, needs_double_backward
 from robustloss.train.distributed import is_first, quiet_stdout
@@ -41,7 +42,7 @@ def load_model_config(model: ModelConfig, name_or_path: str | None = None) -> An
         raise InputError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
 
 
-def load_model(config: RunConfig, name_or_path: str | None = None) -> nn.Module:
+def load_model(config: RunConfig, name_or_path: str | None = None) -> Any:
     """The causal language model, with dropout off: preference training compares log-probabilities of one model with
     those of another, and noise in either would be a margin."""
     from transformers import AutoModelForCausalLM
@@ -66,7 +67,7 @@ def load_model(config: RunConfig, name_or_path: str | None = None) -> nn.Module:
     return model
 
 
-def add_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
+def add_lora(model: Any, lora: LoraConfig) -> Any:
     import peft
 
     adapter = peft.LoraConfig(
@@ -81,7 +82,7 @@ def add_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         tied = model.config.tie_word_embeddings
-        with_adapter = peft.get_peft_model(model, adapter)
+        with_adapter: Any = peft.get_peft_model(model, adapter)
         if tied and type(with_adapter.get_base_model().get_output_embeddings()) is not nn.Linear:
             raise ValueError(
                 f"lora.target_modules {lora.target_modules!r} takes in the output head, which shares its weight with "
@@ -123,7 +124,7 @@ def learning_rate_factor(step: int, *, total: int, warmup: float, schedule: str)
     return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
 
 
-def build_engine(config: RunConfig, loss: nn.Module, total_steps: int) -> Any:
+def build_engine(config: RunConfig, loss: PreferenceLoss, total_steps: int) -> Any:
     """The DeepSpeed engine around `LossModule(model, loss)`, its optimizer (torch's AdamW) and its schedule."""
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -161,7 +162,9 @@ def build_engine(config: RunConfig, loss: nn.Module, total_steps: int) -> Any:
     factor = partial(learning_rate_factor, total=total_steps, warmup=options.warmup_ratio, schedule=options.schedule)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     with quiet_stdout():
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+        # DeepSpeed's annotations leave out the schedulers and optimizers that it takes and returns.
+        initialize: Any = deepspeed.initialize
+        engine, *_ = initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
     if config.precision == "bf16" and config.zero_stage == 0:
         # DeepSpeed 0.19 prepares this optimizer by a step with zero gradients, which decays the weights once and leaves
         # Adam's bias corrections a step ahead (the first updates come out a quarter too small): undo it.
@@ -224,7 +227,7 @@ def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path) -> 
     os.replace(temporary, folder)
 
 
-def _enable_checkpointing(model: nn.Module) -> None:
+def _enable_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass; not the reentrant kind, which cannot be differentiated twice."""
     if hasattr(model, "activation_checkpointing_enable"):  # transformers' new name
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustloss.train.config import needs_double_backward
 from robustloss.train.distributed import gather, mean_by_name
@@ -27,7 +27,7 @@ def evaluate(
     A coupled loss is that of the split as one batch, whatever the microbatch and the number of processes. WDPO's
     penalty needs the model, so it is the mean over microbatches. All processes call it.
     """
-    loss: nn.Module = engine.module.loss
+    loss = engine.module.loss
     with_model = needs_double_backward(loss)
     penalised: list[tuple[dict[str, float], float]] = []
 
@@ -72,7 +72,7 @@ def _pairs(table: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return tuple(table[name] for name in names)
 
 
-def _arrays(loss: nn.Module, table: dict[str, Tensor]) -> dict[str, list[float]]:
+def _arrays(loss: Any, table: dict[str, Tensor]) -> dict[str, list[float]]:
     if not loss.paired:
         rewards, desirable = loss.rewards(table["logps"], table["ref_logps"]), table["desirable"].bool()
         return {"desirable_rewards": rewards[desirable].tolist(), "undesirable_rewards": rewards[~desirable].tolist()}

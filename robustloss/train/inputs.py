@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from robustloss.losses import PreferenceLoss
 from robustloss.train import data
 from robustloss.train.config import InputError, RunConfig, check_data_kind, input_errors, needs_mismatched
 from robustloss.train.engine import load_model_config, load_tokenizer
@@ -27,7 +28,7 @@ class Inputs:
         return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def load_inputs(config: RunConfig, loss: nn.Module) -> Inputs:
+def load_inputs(config: RunConfig, loss: PreferenceLoss) -> Inputs:
     """Read and tokenise the data, and hold a part out where there is no split for evaluation.
 
     Raises:
@@ -56,7 +57,7 @@ def load_inputs(config: RunConfig, loss: nn.Module) -> Inputs:
     return Inputs(tokenizer, examples, collator)
 
 
-def _rows_for(loss: nn.Module, source: str, split: str, kind: str) -> list[Any]:
+def _rows_for(loss: PreferenceLoss, source: str, split: str, kind: str) -> list[Any]:
     """The rows of a split, of the kind that the loss needs."""
     rows = data.load_rows(source, split)
     check_data_kind(loss, data.detect_kind(rows, source) if kind == "auto" else kind, source)

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustloss._version import __version__
+from robustloss.losses import PreferenceLoss
 from robustloss.train import distributed
 from robustloss.train.checkpoint import check_same_run, load_checkpoint, open_run, save_checkpoint
 from robustloss.train.config import RunConfig, build_loss, input_errors
@@ -54,7 +55,7 @@ def run(config: RunConfig) -> Path:
             distributed.stop()
 
 
-def _train(config: RunConfig, loss: nn.Module, inputs: Inputs, run_dir: Path, device: torch.device) -> None:
+def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Path, device: torch.device) -> None:
     # Imported here: they take seconds, and a mistake in the config should be told at once.
     from robustloss.train.engine import build_engine, save_model
     from robustloss.train.loss_module import check_head
@@ -101,7 +102,7 @@ def _train(config: RunConfig, loss: nn.Module, inputs: Inputs, run_dir: Path, de
         step_began = time.monotonic()
         learning_rate = engine.get_lr()[0]
         records: list[dict[str, Tensor]] = []
-        tokens, norm = 0, None
+        tokens, norm = torch.zeros((), dtype=torch.int64, device=device), None
         for microstep in range(config.batch.accumulation):
             batch = inputs.collate("train", order.microbatch_rows(step - 1, microstep, rank), device)
             with distributed.naming_step(step):
@@ -145,7 +146,7 @@ def _gather_metrics(records: list[dict[str, Tensor]], tokens: Tensor, device: to
     return values
 
 
-def _check_step(config: RunConfig, loss: nn.Module, step: int, values: dict[str, float]) -> None:
+def _check_step(config: RunConfig, loss: PreferenceLoss, step: int, values: dict[str, float]) -> None:
     """Stop at a loss or gradient that is not finite; warn of a first loss that is not what it must be."""
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(values[name]):
@@ -168,7 +169,7 @@ def _check_step(config: RunConfig, loss: nn.Module, step: int, values: dict[str,
             )
 
 
-def _starts_at_ln_2(config: RunConfig, loss: nn.Module) -> bool:
+def _starts_at_ln_2(config: RunConfig, loss: PreferenceLoss) -> bool:
     """Whether every margin is zero at first and the loss is -log sigmoid of it, with weights that sum to one."""
     plain = config.loss["name"] in ("dpo", "kldpo", "aot_paired") and loss.link == "logistic"
     normalised = config.loss.get("normalize", True)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from robustloss.functional import linear_sequence_logps, sequence_logps
+from robustloss.losses import PreferenceLoss
 from robustloss.train.config import needs_double_backward
 
 logger = logging.getLogger(__name__)
@@ -33,19 +35,21 @@ class LossModule(nn.Module):
         desirable: bool [B], unpaired data only.
         mismatched_input_ids, mismatched_attention_mask, mismatched_labels: int64 [B, T'], KTO only.
         ref_chosen_logps, ref_rejected_logps | ref_logps(, ref_mismatched_logps): float32 [B], the reference's.
+        index: int64 [B], the rows of the dataset, for error messages.
 
     After a call `metrics` holds the loss's metrics and `logps` the policy's log-probabilities by name, detached.
     """
 
-    def __init__(self, model: nn.Module, loss: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, loss: PreferenceLoss | None = None) -> None:
         super().__init__()
-        self.model = model
-        self.loss = loss
+        # Untyped: Hugging Face's and peft's classes share names, not a base class.
+        self.model: Any = model
+        self.loss: Any = loss
         self.metrics: dict[str, Tensor] = {}
         self.logps: dict[str, Tensor] = {}
         self._double_backward = loss is not None and needs_double_backward(loss)
 
-        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        causal_lm = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
         text_config = causal_lm.config.get_text_config()
         # Plain tuples, so that nn.Module does not register the same modules a second time.
         self._parts = (causal_lm.get_decoder(), causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings())
@@ -137,7 +141,7 @@ class LossModule(nn.Module):
             if self._softcap is not None:
                 logits = self._softcap * torch.tanh(logits / self._softcap)
             logps = sequence_logps(logits, batch["labels"], temperature=self._temperature, shift=True)
-        return logps, embeddings
+        return cast(Tensor, logps), embeddings  # without return_entropy it is one tensor
 
 
 @torch.no_grad()
@@ -160,7 +164,7 @@ def check_head(module: Callable[..., dict[str, Tensor]], model: nn.Module, batch
     if not bool(ours.isfinite().all()):
         raise FloatingPointError("the model's log-probabilities are not finite before any training")
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    theirs = sequence_logps(logits, batch["labels"], shift=True)
+    theirs = cast(Tensor, sequence_logps(logits, batch["labels"], shift=True))
     tokens = (batch["labels"][:, 1:] != -100).sum(-1).clamp(min=1)
     difference = float(((ours - theirs).abs() / tokens).max())
     # Per token; bfloat16 logits of about 10 are rounded to 0.03.

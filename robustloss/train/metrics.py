@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from robustloss.train.files import replace_file
+
 
 class MetricsWriter:
     """Written by the first process only; the other processes' writers do nothing.
@@ -51,7 +53,7 @@ class MetricsWriter:
         """An evaluation's rewards, sample by sample, and one line for the reader."""
         if not self.active:
             return
-        (self._evaluations / f"step_{step:08d}.json").write_text(json.dumps(arrays))
+        replace_file(self._evaluations / f"step_{step:08d}.json", json.dumps(arrays))
         names = ("loss", "rewards/margins", "rewards/accuracies")
         told = ", ".join(f"{name} {values[name]:.4f}" for name in names if name in values)
         self._bar.write(f"step {step}: held-out {told}", file=sys.stderr)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import jinja2
 import numpy as np
 
 from robustloss.train.figures import FIGURES, SPLIT_LABELS, render
+from robustloss.train.files import replace_file
 from robustloss.train.run_folder import Run, read_run
 
 PAIRED = "h_i = (policy_chosen - policy_rejected)_i - (ref_chosen - ref_rejected)_i"
@@ -76,7 +76,7 @@ def _percent(share: float) -> str:
 
 
 def _plain(value: float) -> str:
-    return f"{value:.4g}"
+    return "0" if abs(value) < 1e-6 else f"{value:.4g}"  # a margin of 1e-8 is rounding
 
 
 def _first_and_last(run: Run) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ def write_report(run_dir: Path) -> Path:
         path = run_dir / "figures" / f"{entry.name}.png"
         if entry.applies(run):
             png = render(entry, run)
-            _replace(path, png)
+            replace_file(path, png)
             figures.append({"title": entry.title, "caption": entry.caption, "png": base64.b64encode(png).decode()})
         else:
             path.unlink(missing_ok=True)  # of another run in the same folder
@@ -178,11 +178,5 @@ def write_report(run_dir: Path) -> Path:
         config=run.config_text,
         versions={name: v if isinstance(v, str) else json.dumps(v) for name, v in run.environment.items()},
     )
-    _replace(run_dir / "report.html", page.encode())
+    replace_file(run_dir / "report.html", page)
     return run_dir / "report.html"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

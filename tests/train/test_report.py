@@ -256,7 +256,7 @@ def test_an_interrupted_write_leaves_the_old_report(tmp_path, monkeypatch):
             write_report(run)
     assert (run / "report.html").read_bytes() == old
     assert write_report(run).read_bytes() != old
-    assert not list(run.rglob("*.partial"))
+    assert not list(run.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(
