@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The CPU build of torch; on a GPU machine set TORCH=torch (or leave a torch you have installed in $(VENV)).
+# What is installed where $(VENV) has no torch yet. Elsewhere than on a machine whose index holds a CPU build, this is the
+# CUDA build; for another, put it into $(VENV) first or name it: make TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
-TRITON ?= triton==3.7.1
+# The release that goes with that torch; the CUDA build of torch brings it by itself, and other systems than Linux lack it.
+TRITON ?= $(if $(filter Linux,$(shell uname)),triton==3.7.1)
 
 .PHONY: demo test lint bench clean
 
@@ -13,7 +15,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet $(TRITON) numpy
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON) numpy
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,bench,dev]"
 	touch $@
 

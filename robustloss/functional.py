@@ -27,7 +27,14 @@ from torch import Tensor
 from robustloss.naive.sequence_logps import shift_labels
 from robustloss.ops.linear_token_logps import default_chunk_size
 from robustloss.ops.sequence_sum import sequence_sum
-from robustloss.validation import INTEGER_DTYPES, check_number, check_same_device, check_shape, check_tensor
+from robustloss.validation import (
+    INTEGER_DTYPES,
+    check_labels_in_range,
+    check_number,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 
 __all__ = [
     "linear_sequence_logps",
@@ -85,9 +92,9 @@ def sequence_logps(
         labels: the logits' shape without V.
         ignore_index, average, temperature, shift, cu_seqlens, return_entropy: see the module's docstring.
         inplace_backward: the backward pass writes the gradient over the logits, so that training needs no second [B,
-            T, V] tensor. The logits must not be needed afterwards, must not be a leaf, and no second derivative is
-            possible; both misuses raise. Under torch.compile, whose memory planning reuses the buffer itself, it has
-            no effect.
+            T, V] tensor. The logits must not be needed afterwards, must not be a leaf or its view, and no second
+            derivative is possible; both misuses raise. Under torch.compile, whose memory planning reuses the buffer
+            itself, it has no effect.
 
     Returns:
         [B] (or [S] for S packed sequences) float32, float64 for float64 logits; with `return_entropy` also the entropy.
@@ -97,10 +104,11 @@ def sequence_logps(
     """
     _check_logits(logits, labels, temperature)
     _check_packing(labels, cu_seqlens)
-    if inplace_backward and logits.requires_grad and logits.is_leaf:
+    owner = logits if logits._base is None else logits._base
+    if inplace_backward and owner.requires_grad and owner.is_leaf:
         raise ValueError(
-            "inplace_backward=True overwrites the logits with their gradient, but logits is a leaf tensor that others "
-            "hold; pass the output of a module, or leave inplace_backward=False"
+            "inplace_backward=True overwrites the logits with their gradient, but logits is a leaf tensor, or a view "
+            "of one, that others hold; pass the output of a module, or leave inplace_backward=False"
         )
     labels = _prepare_labels(labels, shift, ignore_index, cu_seqlens)
     logps, entropy = _token_statistics(logits, labels, ignore_index, temperature, return_entropy, inplace_backward)
@@ -158,6 +166,8 @@ def linear_sequence_logps(
                 f"{name} must have hidden's dtype {hidden.dtype}, got {value.dtype}; cast one, or use autocast"
             )
     _check_labels(labels, hidden, "hidden", temperature)
+    # Here, because the op sees labels by the chunk, and would name the wrong position.
+    check_labels_in_range(labels, len(weight), ignore_index)
     _check_packing(labels, cu_seqlens)
     if softcap is not None:
         check_number("softcap", softcap, above=0)
@@ -197,6 +207,7 @@ def sequence_logratios(
     Returns:
         [B] float32 (float64 for float64 logits), in nats.
     """
+    check_tensor("policy_logits", policy_logits)
     check_shape("ref_logits", check_tensor("ref_logits", ref_logits), policy_logits.shape, "policy_logits' shape")
     _refuse_entropy(options)
     with torch.no_grad():
@@ -226,7 +237,7 @@ def linear_sequence_logratios(
     Returns:
         [B] float32 (float64 for float64 hidden states), in nats.
     """
-    if len(ref_weight) != len(policy_weight):
+    if len(check_tensor("ref_weight", ref_weight)) != len(check_tensor("policy_weight", policy_weight)):
         raise ValueError(f"ref_weight must have policy_weight's {len(policy_weight)} rows, got {len(ref_weight)}")
     _refuse_entropy(options)
     with torch.no_grad():
@@ -239,7 +250,7 @@ def linear_sequence_logratios(
 
 
 def _refuse_entropy(options: dict) -> None:
-    if "return_entropy" in options:
+    if options.get("return_entropy"):
         raise TypeError("a log-ratio has no entropy: call sequence_logps with return_entropy=True instead")
 
 

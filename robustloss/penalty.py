@@ -1,7 +1,8 @@
 """Whether a model can be differentiated twice, which exact WDPO needs.
 
 Flash and memory-efficient attention have no second derivative: SDPA's raise, and FlashAttention-2's most likely drops
-the second-order term silently. So exact WDPO refuses everything that is not known to be right, before training starts.
+the second-order term silently. The training loop asks here before it starts; a loop of your own
+calls `check_double_backward(model)` once.
 """
 
 from __future__ import annotations

@@ -50,6 +50,19 @@ def check_finite(name: str, value: Tensor) -> None:
         )
 
 
+def check_labels_in_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Refuse a label outside [0, vocabulary) that is not `ignore_index`, where `check_finite` looks."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if bool(bad.any()):
+        index = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels{index} is {labels[tuple(index)].item()}, but must be in [0, {vocabulary}) (the vocabulary) or "
+            f"ignore_index = {ignore_index}"
+        )
+
+
 def check_number(
     name: str,
     value: object,

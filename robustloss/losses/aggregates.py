@@ -66,6 +66,8 @@ class KLTilt:
             check_number("tau", self.tau, above=0)
         if self.rho is not None:
             check_number("rho", self.rho, at_least=0)
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"normalize must be a bool, got {type(self.normalize).__name__} {self.normalize!r}")
         if self.max_weight is not None:
             check_number("max_weight", self.max_weight, above=0)
         if self.normalize and self.max_weight is not None:

@@ -13,17 +13,14 @@ from robustloss.naive.sorted_transport import sorted_margins
 from robustloss.validation import check_choice
 
 SORTS = ("hard",)
+SINGLE = "a sort of one sample a side is plain DPO on it"
 REASON = "sorting matches every sample to another, so no sample has a loss of its own"
 
 
-def _warn_single(name: str) -> None:
+def _warn(message: str) -> None:
     if not torch.compiler.is_compiling():
-        warnings.warn(
-            f"{name}: a sort of one sample a side is plain DPO on it; give larger batches, as the loss compares "
-            "distributions",
-            UserWarning,
-            stacklevel=5,  # past forward and the two frames of nn.Module's call, at the caller's line
-        )
+        # Past forward and the two frames of nn.Module's call, at the caller's line.
+        warnings.warn(f"{message}; give larger batches, as the loss compares distributions", UserWarning, stacklevel=5)
 
 
 class AOTPairedLoss(PairedLoss):
@@ -81,7 +78,7 @@ class AOTPairedLoss(PairedLoss):
             policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, weights
         )
         if len(pc) == 1:
-            _warn_single(type(self).__name__)
+            _warn(f"{type(self).__name__}: {SINGLE}")
         margins, mass = sorted_margins(pc - pr, rc - rr, weights, weights)
         value, _ = Mean()(self._link(margins), mass)
         return (value, self._metrics(pc, pr, rc, rr) | dominance_metrics(margins, mass)) if return_metrics else value
@@ -151,10 +148,14 @@ class AOTUnpairedLoss(UnpairedLoss):
             in_u, in_v = in_u & (weights > 0), in_v & (weights > 0)
         u, v = ratios[in_u], ratios[in_v]
         if len(u) == 0 or len(v) == 0:
+            if len(ratios):
+                _warn(
+                    f"{type(self).__name__}: one class only in a batch of {len(ratios)}, so there is nothing to match"
+                )
             value = 0 * ratios.sum()
             return (value, self._metrics(policy, ref, desirable)) if return_metrics else value
         if len(u) == len(v) == 1:
-            _warn_single(type(self).__name__)
+            _warn(f"{type(self).__name__}: {SINGLE}")
         u_weights, v_weights = (None, None) if weights is None else (weights[in_u], weights[in_v])
         margins, mass = sorted_margins(u, v, u_weights, v_weights)
         value, _ = Mean()(self._link(margins), mass)

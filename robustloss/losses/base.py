@@ -25,6 +25,8 @@ class PreferenceLoss(nn.Module):
 
     paired: bool  # whether forward takes (chosen, rejected) pairs or single completions with a label
     coupled: bool  # whether a sample's gradient depends on the other samples of the batch
+    needs_embeddings = False  # whether forward differentiates by the input embeddings (`embeddings=`)
+    needs_mismatched = False  # whether forward takes log-ratios of mismatched pairs (`kl_logratios=`)
 
     def __init__(self, beta: float, link: str, label_smoothing: float, reduction: str = "mean"):
         super().__init__()

@@ -28,6 +28,7 @@ class KTOLoss(UnpairedLoss):
     """
 
     coupled = False
+    needs_mismatched = True
 
     def __init__(
         self,

@@ -32,6 +32,8 @@ class WDPOLoss(DPOLoss):
     Metrics: `DPOLoss`'s, and penalty/value and penalty/gradient_norm (the root of the mean squared norm).
     """
 
+    needs_embeddings = True
+
     def __init__(
         self,
         beta: float = 0.1,

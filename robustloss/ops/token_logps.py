@@ -19,6 +19,7 @@ from robustloss.naive.token_logps import statistics_dtype
 from robustloss.naive.token_logps import token_entropy as naive_token_entropy
 from robustloss.naive.token_logps import token_logps as naive_token_logps
 from robustloss.ops._library import LIBRARY, register_cpu_fallback, register_triton
+from robustloss.validation import check_labels_in_range
 
 LIBRARY.define(
     "token_logps(Tensor logits, Tensor labels, int ignore_index, float temperature, bool return_entropy)"
@@ -41,6 +42,7 @@ register_triton("token_logps_bwd_", "token_logps:token_logps_bwd_")
 def _naive_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, temperature: float, return_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_labels_in_range(labels, logits.shape[-1], ignore_index)
     options = {"ignore_index": ignore_index, "temperature": temperature}
     logps = naive_token_logps(logits, labels, **options)
     scaled = logits.to(logps.dtype) / temperature

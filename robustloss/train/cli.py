@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from robustloss._version import __version__
 
@@ -43,8 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="robustloss: %(message)s", level=logging.WARNING)
     logging.getLogger("robustloss").setLevel(logging.INFO if _speaks() else logging.ERROR)
     # The loop, torch and transformers take seconds to import; --help should not wait for them.
-    from robustloss.train.config import InputError, load_config
-    from robustloss.train.loop import run
+    try:
+        from robustloss.train.config import InputError, load_config
+        from robustloss.train.loop import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("robustloss"):
+            raise
+        return _fail(f'training needs {error.name}, which is not installed: pip install "robustloss[train]"')
 
     try:
         if arguments.config is None and not _names_own_inputs(arguments.overrides):
@@ -52,12 +57,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             config = load_config(arguments.config, arguments.overrides)
         run(config)
-    except (InputError, FloatingPointError) as error:
+    except InputError as error:
         # Every process finds the same mistake; one of each host tells it.
-        if _speaks():
-            print(f"robustloss: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(str(error)) if _speaks() else 2
+    except FloatingPointError as error:
+        return _fail(str(error))  # it may be one process's alone
+    except KeyboardInterrupt:
+        print("robustloss: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    finally:
+        _leave_process_group()
     return 0
+
+
+def _fail(message: str) -> int:
+    rank = os.environ.get("RANK", "0")
+    where = f"[process {rank}] " if rank != "0" else ""
+    print(f"robustloss: error: {where}{' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _leave_process_group() -> None:
+    """The demonstration's processes meet before the run does, so it is not the run that parts them."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from robustloss.train import distributed
+
+        distributed.stop()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,30 +110,29 @@ def _speaks() -> bool:
 
 
 def _names_own_inputs(overrides: Sequence[str]) -> bool:
-    return any(override.startswith(("model.", "data.")) for override in overrides)
+    return any(override.startswith(("model.name_or_path=", "data.train=")) for override in overrides)
 
 
 def _demo(overrides: Sequence[str]) -> RunConfig:
     """The demonstration's settings; its data and model are made by the first process while the others wait."""
     from robustloss.train import distributed
-    from robustloss.train.config import InputError, input_errors, load_config, read_overrides
-    from robustloss.train.demo import prepare_demo
+    from robustloss.train.config import input_errors, load_config, read_overrides
+    from robustloss.train.demo import demo_settings, prepare_demo
 
+    output_dir = str(read_overrides(overrides).get("output_dir", "runs/demo"))
+    config = load_config(None, overrides, base={**demo_settings(Path(output_dir)), "output_dir": output_dir})
     distributed.prepare_libraries()
-    given = read_overrides(overrides)
-    output_dir, seed = Path(str(given.get("output_dir", "runs/demo"))), given.get("seed", 0)
-    if not isinstance(seed, int):
-        raise InputError(f"config key 'seed': {seed!r} is no integer")
 
-    def prepare() -> dict[str, Any]:
+    def prepare() -> None:
         with input_errors():
-            return prepare_demo(output_dir, seed)
+            prepare_demo(Path(output_dir), config.seed)
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         distributed.start()
         distributed.on_first(prepare)
-    base = prepare()
-    return load_config(None, overrides, base={**base, "output_dir": str(output_dir)})
+    else:
+        prepare()
+    return config
 
 
 if __name__ == "__main__":

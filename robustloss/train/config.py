@@ -20,7 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from robustloss.losses import LOSSES, PreferenceLoss
+from robustloss.train.data import TRUNCATIONS
 from robustloss.train.files import replace_file
+from robustloss.train.texts import COMPLETIONS
 from robustloss.validation import check_choice, check_number
 
 
@@ -35,7 +37,7 @@ def input_errors() -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise InputError(str(error)) from error
 
 
@@ -96,7 +98,7 @@ class BatchConfig:
 class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    loss: dict[str, Any] = field(default_factory=lambda: {"name": "kldpo"})  # name, and the loss's own options
+    loss: dict[str, Any] = field(default_factory=dict)  # name (dpo, kldpo, ...), and the options of that loss
     lora: LoraConfig | None = None
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -161,15 +163,15 @@ def build_loss(options: dict[str, Any]) -> PreferenceLoss:
     """The loss that `loss:` names, built with its options; an unknown name or option names the nearest valid one."""
     options = dict(options)
     name = options.pop("name", None)
-    if name not in LOSSES:
-        raise InputError(f"loss.name {name!r} is unknown{_nearest(str(name), LOSSES)}; known: {', '.join(LOSSES)}")
+    if name is None:
+        raise InputError(f"config key 'loss.name' is missing: give one of {', '.join(LOSSES)}")
+    if not isinstance(name, str) or name not in LOSSES:
+        raise InputError(f"loss.name {name!r} is unknown{_nearest(str(name), LOSSES)}")
     # A run trains one number, and an aggregate other than the loss's own is an object that YAML cannot name.
     accepted = [key for key in inspect.signature(LOSSES[name]).parameters if key not in ("reduction", "aggregate")]
     for key in options:
         if key not in accepted:
-            raise InputError(
-                f"loss {name!r} has no option {key!r}{_nearest(key, accepted)}; its options: {', '.join(accepted)}"
-            )
+            raise InputError(f"loss {name!r} has no option {key!r}{_nearest(str(key), accepted)}")
     try:
         return LOSSES[name](**options)
     except (ValueError, TypeError) as error:
@@ -180,13 +182,17 @@ def check_config(config: RunConfig) -> None:
     """Refuse values out of range and options that cannot hold together."""
     with input_errors():
         loss = build_loss(config.loss)
-        check_choice("data.kind", config.data.kind, ("auto", "preference", "unpaired"))
-        check_choice("data.truncation", config.data.truncation, ("prompt", "end"))
+        check_choice("data.kind", config.data.kind, ("auto", *COMPLETIONS))
+        if config.data.kind != "auto":
+            check_data_kind(loss, config.data.kind, "data.kind says")
+        check_choice("data.truncation", config.data.truncation, TRUNCATIONS)
         check_choice("reference.mode", config.reference.mode, ("precomputed", "live", "base"))
         check_choice("optimizer.schedule", config.optimizer.schedule, ("cosine", "linear", "constant"))
         check_choice("precision", config.precision, ("fp32", "bf16"))
         if config.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {config.zero_stage}")
+        if not 0 <= config.seed < 2**31:
+            raise ValueError(f"seed must be in [0, 2**31), got {config.seed}")
         check_number("data.max_length", config.data.max_length, at_least=2)
         check_number("data.eval_fraction", config.data.eval_fraction, at_least=0, below=1)
         check_number("optimizer.learning_rate", config.optimizer.learning_rate, above=0)
@@ -220,7 +226,7 @@ def check_config(config: RunConfig) -> None:
                 "batch.microbatch is 1: there is nothing to match; use 8 or more"
             )
         _check_reference(config)
-        if needs_double_backward(loss):
+        if loss.needs_embeddings:
             _check_double_backward(config)
 
 
@@ -239,42 +245,41 @@ def _check_reference(config: RunConfig) -> None:
 
 
 def _check_double_backward(config: RunConfig) -> None:
-    attention = config.model.attn_implementation
+    attention = attention_of(config)
     if config.zero_stage == 3:
         raise ValueError(
             "loss 'wdpo' differentiates the gradient, which ZeRO-3 cannot (it releases the parameters between the "
             "two passes); use zero_stage 0, 1 or 2"
         )
-    if attention not in (None, "eager"):
+    if attention != "eager":
         raise ValueError(
             f"loss 'wdpo' differentiates the gradient, which model.attn_implementation {attention!r} does not "
             "support; use 'eager'"
         )
 
 
-def needs_double_backward(loss: PreferenceLoss) -> bool:
-    """Whether the loss takes the gradient with respect to the input embeddings (the penalty of WDPO)."""
-    return "embeddings" in inspect.signature(loss.forward).parameters
-
-
-def needs_mismatched(loss: PreferenceLoss) -> bool:
-    """Whether the loss estimates its reference point from mismatched prompt and completion pairs (KTO)."""
-    return "kl_logratios" in inspect.signature(loss.forward).parameters
+def attention_of(config: RunConfig) -> str:
+    """The attention that the model is loaded with: a loss that differentiates twice needs "eager"."""
+    fitting = "eager" if LOSSES[config.loss["name"]].needs_embeddings else "sdpa"
+    return config.model.attn_implementation or fitting
 
 
 def config_name(loss: PreferenceLoss) -> str:
     return next(name for name, module in LOSSES.items() if type(loss) is module)
 
 
-def check_data_kind(loss: PreferenceLoss, kind: str, source: str) -> None:
-    """Refuse pairs for an unpaired loss and the reverse, before any model is loaded."""
+def check_data_kind(loss: PreferenceLoss, kind: str, told_by: str) -> None:
+    """Refuse pairs for an unpaired loss and the reverse, before any model is loaded.
+
+    `told_by` is a subject and a verb for the message: "data.train 'pairs.jsonl' holds".
+    """
     wanted = "preference" if loss.paired else "unpaired"
     if kind == wanted:
         return
     others = ", ".join(name for name, module in LOSSES.items() if module.paired != loss.paired)
     columns = {"preference": "chosen and rejected", "unpaired": "completion and label"}
     raise InputError(
-        f"loss {config_name(loss)!r} needs {wanted} data ({columns[wanted]}), but {source} holds {kind} data; "
+        f"loss {config_name(loss)!r} needs {wanted} data ({columns[wanted]}), but {told_by} {kind} data; "
         f"losses for it: {others}"
     )
 
@@ -298,7 +303,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         # OmegaConf's loader is PyYAML's safe one, with 1e-6 read as a number.
         content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OSError, OmegaConfBaseException) as error:
+    except (YAMLError, OSError, ValueError, OmegaConfBaseException) as error:
         raise InputError(f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"config file {str(path)!r} must hold keys and values, got a {type(content).__name__}")
@@ -345,4 +350,4 @@ def _nearest(word: str, known: Any, prefix: str = "") -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     if close:
         return f"; did you mean {prefix + close[0]!r}?"
-    return f"; valid keys: {', '.join(prefix + key for key in known)}" if prefix or not close else ""
+    return f"; valid: {', '.join(prefix + key for key in known)}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
 from array import array
 from collections.abc import Sequence
@@ -57,6 +58,10 @@ class PreferenceExample:
     chosen_ids: array[int]
     rejected_ids: array[int]
 
+    def sequences(self) -> list[tuple[array[int], array[int]]]:
+        """Every (prompt, completion) that the model will see."""
+        return [(self.prompt_ids, self.chosen_ids), (self.prompt_ids, self.rejected_ids)]
+
 
 @dataclass(frozen=True)
 class UnpairedExample:
@@ -66,6 +71,11 @@ class UnpairedExample:
     completion_ids: array[int]
     desirable: bool
     mismatched: tuple[array[int], array[int]] | None = None
+
+    def sequences(self) -> list[tuple[array[int], array[int]]]:
+        """Every (prompt, completion) that the model will see, the mismatched one included."""
+        own = (self.prompt_ids, self.completion_ids)
+        return [own] if self.mismatched is None else [own, self.mismatched]
 
 
 Example = PreferenceExample | UnpairedExample
@@ -114,6 +124,12 @@ def tokenize_rows(
         texts = [row_texts(row, kind, render, location) for row, location in zip(chunk, locations, strict=True)]
         tokenized = _tokenize_texts(texts, tokenizer, templated)
         for row, location, (prompt, completions, apart_here) in zip(chunk, locations, tokenized, strict=True):
+            for name, completion in zip(COMPLETIONS[kind], completions, strict=True):
+                if not completion:
+                    raise ValueError(
+                        f"{location}: column {name!r}: got {shorten(row[name])}, of which the tokenizer makes no "
+                        "token, want at least one"
+                    )
             kept_prompt, kept = _truncate(prompt, completions, max_length, truncation, tokenizer.bos_token_id)
             if not all(kept):
                 raise ValueError(
@@ -175,12 +191,9 @@ def fingerprint(examples: Sequence[Example]) -> str:
     """SHA-256 (hexadecimal) of all token ids and labels in order, part of the key under which results are cached."""
     digest = hashlib.sha256()
     for example in examples:
-        if isinstance(example, PreferenceExample):
-            parts = [example.prompt_ids, example.chosen_ids, example.rejected_ids]
-        else:
-            parts = [example.prompt_ids, example.completion_ids, *(example.mismatched or ())]
+        if isinstance(example, UnpairedExample):
             digest.update(b"+" if example.desirable else b"-")
-        for part in parts:
+        for part in itertools.chain(*example.sequences()):
             digest.update(len(part).to_bytes(8, "little"))  # lengths keep the borders apart
             digest.update(part.tobytes())
     return digest.hexdigest()
@@ -294,6 +307,8 @@ def _truncate(
 
 def _label(row: dict[str, Any], location: str) -> bool:
     label = row.get("label")
+    if isinstance(label, str):  # CSV knows texts only
+        label = {"true": True, "false": False}.get(label.strip().lower(), label)
     if not isinstance(label, bool):
         raise ValueError(f"{location}: column 'label': got {shorten(label)}, want true or false")
     return label

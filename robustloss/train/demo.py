@@ -112,9 +112,17 @@ def prepare_demo(output_dir: Path, seed: int) -> dict[str, Any]:
     folder = Path(output_dir) / "demo"
     if not folder.exists():
         _write_demo(folder, seed)
+    if not (folder / "seed.json").is_file():
+        raise ValueError(f"{folder} is not a demonstration's folder; choose another output_dir")
     made_with = json.loads((folder / "seed.json").read_text(encoding="utf-8"))["seed"]
     if made_with != seed:
         raise ValueError(f"{folder} was made with seed {made_with}, got seed {seed}; choose another output_dir")
+    return demo_settings(output_dir)
+
+
+def demo_settings(output_dir: Path) -> dict[str, Any]:
+    """The settings of the run on what `prepare_demo` makes there."""
+    folder = Path(output_dir) / "demo"
     return {
         "model": {"name_or_path": str(folder / "model")},
         "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_length": MAX_LENGTH},

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from robustloss.train.config import InputError
-
 _set_here: dict[str, str] = {}  # environment variables
 
 
@@ -109,17 +107,19 @@ def gather(value: Any) -> list[Any]:
     return gathered
 
 
-def on_first(action: Callable[[], object]) -> None:
-    """Do something that may refuse the user's input on the first process only; the others raise what it raised."""
-    error: list[InputError | None] = [None]
+def on_first(action: Callable[[], Any]) -> Any:
+    """Do something on the first process only: its result there, None elsewhere. The others wait, and raise what it
+    raised."""
+    result, error = None, [None]
     if is_first():
         try:
-            action()
-        except InputError as refused:
-            error[0] = refused
+            result = action()
+        except Exception as raised:  # whatever it is, the others must not wait for ever
+            error = [raised]
     dist.broadcast_object_list(error)
     if error[0] is not None:
         raise error[0]
+    return result
 
 
 @contextmanager

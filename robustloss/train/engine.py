@@ -7,16 +7,19 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from robustloss.losses import PreferenceLoss
 from robustloss.penalty import check_double_backward
-from robustloss.train.config import InputError, LoraConfig, ModelConfig, RunConfig, input_errors, needs_double_backward
+from robustloss.train.config import InputError, LoraConfig, ModelConfig, RunConfig, attention_of, input_errors
 from robustloss.train.distributed import is_first, quiet_stdout
 from robustloss.train.loss_module import LossModule
 
@@ -26,10 +29,15 @@ logger = logging.getLogger(__name__)
 def load_tokenizer(model: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
+    if model.name_or_path.startswith(("/", ".", "~")) and not Path(model.name_or_path).is_dir():
+        raise InputError(f"model.name_or_path {model.name_or_path!r}: no such folder")
     try:
-        return AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"no tokenizer at model.name_or_path {model.name_or_path!r}: {_one_line(error)}") from error
+    if not tokenizer("a").input_ids:  # what transformers makes of a folder without a tokenizer's files
+        raise InputError(f"no tokenizer at model.name_or_path {model.name_or_path!r}: it has no tokens")
+    return tokenizer
 
 
 def load_model_config(model: ModelConfig, name_or_path: str | None = None) -> Any:
@@ -48,22 +56,24 @@ def load_model(config: RunConfig, name_or_path: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     name = name_or_path or config.model.name_or_path
-    attention = config.model.attn_implementation or ("eager" if config.loss["name"] == "wdpo" else "sdpa")
-    original = load_model_config(config.model, name)
-    dropout = {key: value for key, value in original.to_dict().items() if _is_dropout(key, value)}
+    no_dropout = dict.fromkeys(_dropouts(load_model_config(config.model, name)), 0.0)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, loading = load(
             name,
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-            attn_implementation=attention,
+            attn_implementation=attention_of(config),
             trust_remote_code=config.model.trust_remote_code,
-            **dict.fromkeys(dropout, 0.0),
+            output_loading_info=True,
+            **no_dropout,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
-    # The modules have been built without dropout; the config that is saved with the model keeps its own.
-    for key, value in dropout.items():
-        setattr(model.config, key, value)
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise InputError(
+            f"model {name!r} lacks {len(missing)} weight(s), such as {missing[0]!r}, and would train noise"
+        )
     return model
 
 
@@ -127,19 +137,13 @@ def learning_rate_factor(step: int, *, total: int, warmup: float, schedule: str)
 def build_engine(config: RunConfig, loss: PreferenceLoss, total_steps: int) -> Any:
     """The DeepSpeed engine around `LossModule(model, loss)`, its optimizer (torch's AdamW) and its schedule."""
     import deepspeed
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     ds_config = deepspeed_config(config)
-    # While this object lives, from_pretrained shards a model as it loads it.
-    sharded_loading = HfDeepSpeedConfig(ds_config) if config.zero_stage == 3 else None
-    try:
+    with _sharded_loading(ds_config, config.zero_stage):
         model = load_model(config)
-    finally:
-        del sharded_loading
-        unset_hf_deepspeed_config()
     if config.model.gradient_checkpointing:
         _enable_checkpointing(model)
-    if needs_double_backward(loss):
+    if loss.needs_embeddings:
         with input_errors():
             check_double_backward(model, zero_stage=config.zero_stage)
     if config.lora is not None:
@@ -183,15 +187,10 @@ def build_engine(config: RunConfig, loss: PreferenceLoss, total_steps: int) -> A
 def build_reference(config: RunConfig, device: torch.device) -> Any:
     """A frozen reference model: a plain module, or under ZeRO-3 an engine that shards it as the policy is sharded."""
     import deepspeed
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     ds_config = {**deepspeed_config(config), "gradient_accumulation_steps": 1}
-    sharded_loading = HfDeepSpeedConfig(ds_config) if config.zero_stage == 3 else None
-    try:
+    with _sharded_loading(ds_config, config.zero_stage):
         model = load_model(config, config.reference.name_or_path)
-    finally:
-        del sharded_loading
-        unset_hf_deepspeed_config()
     reference = LossModule(model).requires_grad_(False).eval()
     if config.zero_stage < 3:
         return reference.to(device)
@@ -214,17 +213,36 @@ def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path) -> 
     weights = {name.removeprefix("model."): value for name, value in weights.items()}
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    # What is written keeps the dropout that it came with.
+    dropouts = _dropouts(load_model_config(config.model))
     if config.lora is None:
-        engine.module.model.save_pretrained(temporary, state_dict=weights)
+        model = engine.module.model
+        vars(model.config).update(dropouts)
+        model.save_pretrained(temporary, state_dict=weights)
     else:
         # Merging in place would change the model under the engine, and ZeRO-3's is in pieces: merge a fresh copy.
         model = add_lora(load_model(config), config.lora)
         model.load_state_dict(weights)
         model.save_pretrained(temporary / "adapter")
-        model.merge_and_unload().save_pretrained(temporary)
+        model = model.merge_and_unload()
+        vars(model.config).update(dropouts)
+        model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+
+
+@contextmanager
+def _sharded_loading(ds_config: dict[str, Any], zero_stage: int) -> Iterator[None]:
+    """Under ZeRO-3, let from_pretrained shard a model as it loads it: transformers does while `sharding` lives."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    sharding = HfDeepSpeedConfig(ds_config) if zero_stage == 3 else None
+    try:
+        yield
+    finally:
+        del sharding
+        unset_hf_deepspeed_config()
 
 
 def _enable_checkpointing(model: Any) -> None:
@@ -235,8 +253,13 @@ def _enable_checkpointing(model: Any) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _is_dropout(key: str, value: Any) -> bool:
-    return isinstance(value, float) and value > 0 and ("dropout" in key or key.endswith("pdrop"))
+def _dropouts(model_config: Any) -> dict[str, float]:
+    """Which of a model's settings are dropout probabilities above zero."""
+    return {
+        key: value
+        for key, value in model_config.to_dict().items()
+        if isinstance(value, float) and value > 0 and ("dropout" in key or key.endswith("pdrop"))
+    }
 
 
 def _one_line(error: Exception) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustloss.train.config import needs_double_backward
 from robustloss.train.distributed import gather, mean_by_name
 from robustloss.train.references import Batch, logps_table
 
@@ -28,7 +27,7 @@ def evaluate(
     penalty needs the model, so it is the mean over microbatches. All processes call it.
     """
     loss = engine.module.loss
-    with_model = needs_double_backward(loss)
+    with_model = loss.needs_embeddings
     penalised: list[tuple[dict[str, float], float]] = []
 
     def columns(batch: Batch) -> dict[str, Tensor]:

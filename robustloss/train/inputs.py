@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustloss.losses import PreferenceLoss
 from robustloss.train import data
-from robustloss.train.config import InputError, RunConfig, check_data_kind, input_errors, needs_mismatched
+from robustloss.train.config import InputError, RunConfig, check_data_kind, input_errors
 from robustloss.train.engine import load_model_config, load_tokenizer
 
 
@@ -25,7 +25,7 @@ class Inputs:
     def collate(self, split: str, rows: list[int], device: torch.device) -> dict[str, Tensor]:
         """The batch of these rows of a split, on the device."""
         batch = self.collator([(row, self.examples[split][row]) for row in rows])
-        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        return {name: value.to(device) for name, value in batch.items()}
 
 
 def load_inputs(config: RunConfig, loss: PreferenceLoss) -> Inputs:
@@ -37,10 +37,15 @@ def load_inputs(config: RunConfig, loss: PreferenceLoss) -> Inputs:
     options = config.data
     sources = {"train": options.train, "eval": options.eval if options.eval is not None else options.train}
     with input_errors():
-        rows = {"train": _rows_for(loss, options.train, options.train_split, options.kind)}
+        given = {"train": options.train_split}
         if options.eval is not None:
-            rows["eval"] = _rows_for(loss, options.eval, options.eval_split, options.kind)
-        else:
+            given["eval"] = options.eval_split
+        rows = {split: data.load_rows(sources[split], part) for split, part in given.items()}
+        if options.kind == "auto":
+            for split in rows:
+                found = data.detect_kind(rows[split], sources[split])
+                check_data_kind(loss, found, f"data.{split} {sources[split]!r} holds")
+        if options.eval is None:
             rows["train"], rows["eval"] = _hold_out(rows["train"], options.eval_fraction, config.seed)
         kind = "preference" if loss.paired else "unpaired"
         tokenizer = load_tokenizer(config.model)
@@ -50,29 +55,23 @@ def load_inputs(config: RunConfig, loss: PreferenceLoss) -> Inputs:
             examples[split] = data.tokenize_rows(
                 rows[split], tokenizer, kind=kind, source=source, chat_template=config.model.chat_template, **limits
             )
-            if needs_mismatched(loss) and examples[split]:
-                examples[split] = data.add_mismatched(examples[split], tokenizer, **limits)
+            if kind == "unpaired" and split == "train" and len({example.desirable for example in examples[split]}) == 1:
+                raise InputError(f"{source} holds one value of 'label' only: an unpaired loss compares two classes")
+            if loss.needs_mismatched and examples[split]:
+                try:
+                    examples[split] = data.add_mismatched(examples[split], tokenizer, **limits)
+                except ValueError as error:
+                    held_out = split == "eval" and options.eval is None
+                    remedy = "; raise data.eval_fraction or give data.eval" if held_out else ""
+                    raise InputError(f"the {split} rows of {source}: {error}{remedy}") from error
         _check_fit(examples["train"] + examples["eval"], load_model_config(config.model))
-    collator = data.Collator(data.pad_token_id(tokenizer), kind, mismatched=needs_mismatched(loss))
+    collator = data.Collator(data.pad_token_id(tokenizer), kind, mismatched=loss.needs_mismatched)
     return Inputs(tokenizer, examples, collator)
-
-
-def _rows_for(loss: PreferenceLoss, source: str, split: str, kind: str) -> list[Any]:
-    """The rows of a split, of the kind that the loss needs."""
-    rows = data.load_rows(source, split)
-    check_data_kind(loss, data.detect_kind(rows, source) if kind == "auto" else kind, source)
-    return rows
 
 
 def _check_fit(examples: list[Any], model_config: Any) -> None:
     """Refuse tokens and lengths that the model has no embedding for (on a GPU they end as an unreadable CUDA error)."""
-    sequences = [
-        (example.prompt_ids, completion)
-        for example in examples
-        for completion in (
-            (example.chosen_ids, example.rejected_ids) if hasattr(example, "chosen_ids") else (example.completion_ids,)
-        )
-    ]
+    sequences = [sequence for example in examples for sequence in example.sequences()]
     text_config = model_config.get_text_config()
     longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
     positions = getattr(text_config, "max_position_embeddings", None)

@@ -21,8 +21,9 @@ from torch import Tensor
 from robustloss._version import __version__
 from robustloss.losses import PreferenceLoss
 from robustloss.train import distributed
-from robustloss.train.checkpoint import check_same_run, load_checkpoint, open_run, save_checkpoint
-from robustloss.train.config import RunConfig, build_loss, input_errors
+from robustloss.train.checkpoint import check_same_run, load_checkpoint, open_run, prepare_folder, save_checkpoint
+from robustloss.train.config import InputError, RunConfig, build_loss, input_errors
+from robustloss.train.data import fingerprint
 from robustloss.train.evaluation import evaluate
 from robustloss.train.inputs import BatchOrder, Inputs, load_inputs
 from robustloss.train.metrics import MetricsWriter, gradient_norm, peak_memory_bytes
@@ -40,17 +41,21 @@ def run(config: RunConfig) -> Path:
         FloatingPointError: a loss that is not finite; names the step.
     """
     run_dir = Path(config.output_dir)
-    if config.resume and (run_dir / "model").is_dir():
+    if config.resume and (run_dir / "model").exists():
         check_same_run(config)
         return _finish(run_dir, "is finished already", redraw=False)
     loss = build_loss(config.loss)
     distributed.prepare_libraries()
     inputs = load_inputs(config, loss)  # before anything that takes long
     device, started = distributed.start()
+    lock = None
     try:
+        lock = distributed.on_first(partial(prepare_folder, run_dir))
         _train(config, loss, inputs, run_dir, device)
         return _finish(run_dir, "is finished", redraw=True)
     finally:
+        if lock is not None:
+            lock.close()
         if started:
             distributed.stop()
 
@@ -77,7 +82,13 @@ def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Pat
         check_head(engine, engine.module.model, inputs.collate("train", [0], device))
     reference = build_references(config, engine, inputs, device)
     distributed.seed_everything(config.seed + rank)
+    data_state = {split: fingerprint(examples) for split, examples in inputs.examples.items()}
     state = load_checkpoint(engine, run_dir / "checkpoints") or {"step": 0, "seconds": 0.0, "metrics_offset": 0}
+    if state.get("data", data_state) != data_state:
+        raise InputError(
+            f"output_dir {str(run_dir)!r} holds a run on other data (data.train or data.eval has changed since); use "
+            "another output_dir, or resume=false to start again in this one"
+        )
     began = time.monotonic() - state["seconds"]
     metrics = MetricsWriter(
         run_dir, active=first, total_steps=total_steps, step=state["step"], offset=state["metrics_offset"]
@@ -110,7 +121,7 @@ def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Pat
             records.append({"loss": loss_value.detach(), **engine.module.metrics})
             tokens = tokens + batch["attention_mask"].sum()
             engine.backward(loss_value)
-            norm = gradient_norm(engine)  # of the sum so far; the last one is the step's
+            norm = gradient_norm(engine)  # None before the last microbatch
             engine.step()  # the optimizer's, at the last microbatch; before it DeepSpeed only counts
         saves = save_every > 0 and step % save_every == 0 and step < total_steps
         if step % config.log_every == 0 or step in (1, total_steps) or saves:
@@ -124,7 +135,7 @@ def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Pat
         if step == total_steps or (config.eval_every and step % config.eval_every == 0):
             evaluation(step)
         if saves:
-            state = {"seconds": time.monotonic() - began, "metrics_offset": metrics.offset()}
+            state = {"seconds": time.monotonic() - began, "metrics_offset": metrics.offset(), "data": data_state}
             save_checkpoint(engine, run_dir / "checkpoints", step, state, config.keep_checkpoints)
 
     save_model(engine, config, inputs.tokenizer, run_dir / "model")
@@ -183,7 +194,8 @@ def _finish(run_dir: Path, state: str, *, redraw: bool) -> Path:
 
         report = run_dir / "report.html"
         if redraw or not report.is_file():
-            report = write_report(run_dir)
+            with input_errors():  # a folder that somebody has changed; the model is whole all the same
+                report = write_report(run_dir)
         print(f"{run_dir} {state}\nreport: {report}\nmodel: {run_dir / 'model'}", flush=True)
     return run_dir
 

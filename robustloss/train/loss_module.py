@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from robustloss.functional import linear_sequence_logps, sequence_logps
 from robustloss.losses import PreferenceLoss
-from robustloss.train.config import needs_double_backward
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class LossModule(nn.Module):
         self.loss: Any = loss
         self.metrics: dict[str, Tensor] = {}
         self.logps: dict[str, Tensor] = {}
-        self._double_backward = loss is not None and needs_double_backward(loss)
+        self._double_backward = loss is not None and loss.needs_embeddings
 
         causal_lm = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
         text_config = causal_lm.config.get_text_config()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -32,16 +33,22 @@ class MetricsWriter:
         self._evaluations = run_dir / "evaluations"
         self._evaluations.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("ab")
-        self._file.truncate(min(offset, self._path.stat().st_size))
+        if self._path.stat().st_size >= offset:
+            self._file.truncate(offset)
+        else:  # somebody has cut it: keep its whole lines
+            self._file.truncate(self._path.read_bytes().rfind(b"\n") + 1)
         # Steps from here on that a killed run has already shown are hidden.
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=True)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         if not self.active:
             return
         values = {name: value for name, value in values.items() if value == value}  # an absent class has a NaN mean
-        self._file.write((json.dumps({"step": step, "split": split, **values}) + "\n").encode())
+        # JSON has no infinity, such as the temperature of a tilt whose radius is 0.
+        written = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": step, "split": split, **written}, allow_nan=False)
+        self._file.write(f"{line}\n".encode())
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{split}/{name}", value, step)

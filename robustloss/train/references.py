@@ -2,7 +2,7 @@
 model under the LoRA adapter.
 
 The cache's file is named by the SHA-256 of everything the numbers depend on: the model's files, the tokens, the
-precision. It is written whole or not at all (a temporary file, then a rename).
+precision, the way of computing attention. It is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from robustloss.train.config import RunConfig
+from robustloss.train.config import RunConfig, attention_of
 from robustloss.train.data import fingerprint
 from robustloss.train.engine import build_reference
+from robustloss.train.files import replace_file
 from robustloss.train.inputs import Inputs
 
 logger = logging.getLogger(__name__)
@@ -50,18 +51,21 @@ def build_references(
     name = config.reference.name_or_path
     reference = engine if name is None else build_reference(config, device)
     folder = Path(config.reference.cache_dir or Path(config.output_dir) / "reference_cache")
-    identity = model_identity(name or config.model.name_or_path)
-    attention = config.model.attn_implementation
+    settings = {
+        "model": model_identity(name or config.model.name_or_path),
+        "precision": config.precision,
+        "attention": attention_of(config),
+        "transformers": version("transformers"),
+    }
     tables = {}
     reference.eval()
     for split, examples in inputs.examples.items():
-        key = {"data": fingerprint(examples), "precision": config.precision, "attention": attention}
         tables[split] = precomputed(
             partial(reference, output="logps"),
             len(examples),
             partial(inputs.collate, split, device=device),
             size=config.batch.microbatch,
-            path=cache_path(folder, model=identity, **key),
+            path=cache_path(folder, data=fingerprint(examples), **settings),
             device=device,
         )
     if reference is not engine and hasattr(reference, "destroy"):
@@ -147,21 +151,23 @@ def cache_path(folder: Path, **settings: Any) -> Path:
 
 
 def model_identity(name_or_path: str) -> dict[str, Any]:
-    """What tells one model's weights from another's: a folder's files, or a Hub name and its commit.
+    """What tells one model from another: the files of its folder (weights, config, code), or a Hub name and its commit.
 
     Small files count by their content, weights by size and time of change: reading 100 GB to find a cache would cost
     more than it saves.
     """
-    folder = Path(name_or_path).expanduser()
+    folder = Path(name_or_path)
     if not folder.is_dir():
-        from transformers import AutoConfig
+        from transformers.utils.hub import cached_file
 
-        return {"name": name_or_path, "commit": getattr(AutoConfig.from_pretrained(name_or_path), "_commit_hash", None)}
+        # A config does not tell its commit in every version of transformers; the local cache's folder is named by it.
+        snapshot = Path(str(cached_file(name_or_path, "config.json"))).parent
+        return {"name": name_or_path, "commit": snapshot.name}
     files = {}
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".bin"):
             files[file.name] = [file.stat().st_size, file.stat().st_mtime_ns]
-        elif file.name == "config.json":
+        elif file.name == "config.json" or file.suffix == ".py":
             files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return {"files": files}
 
@@ -182,6 +188,4 @@ def _load(path: Path, rows: int) -> dict[str, Tensor] | None:
 
 def _save(path: Path, table: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(table, temporary)
-    os.replace(temporary, path)
+    replace_file(path, save(table))

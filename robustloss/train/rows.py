@@ -126,7 +126,7 @@ def _json_row(record: Any, location: str) -> Row:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    """By Python's own reader: those that guess types turn a completion "NA" or "None" into a null."""
+    """Texts in every column, by Python's own reader: those that guess types turn a completion "NA" into a null."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
@@ -135,18 +135,9 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 location = f"{path}:{reader.line_num}"
                 if None in record:
                     raise ValueError(f"{location}: got more cells than the {len(reader.fieldnames or [])} columns")
-                if "label" in record:
-                    record["label"] = _parse_label(record["label"], location)
                 yield Row(record, location)
         except csv.Error as error:
             raise ValueError(f"{path}:{reader.line_num}: not CSV: {error}") from error
-
-
-def _parse_label(cell: str | None, location: str) -> bool:
-    labels = {"true": True, "false": False}
-    if cell is None or cell.strip().lower() not in labels:
-        raise ValueError(f"{location}: column 'label': got {cell!r}, want true or false")
-    return labels[cell.strip().lower()]
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

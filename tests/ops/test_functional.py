@@ -144,6 +144,8 @@ def test_inplace_backward_overwrites_the_logits_with_the_same_gradient(labels):
 def test_inplace_backward_refuses_what_it_cannot_do(labels):
     with pytest.raises(ValueError, match="leaf"):
         functional.sequence_logps(make_logits(), labels, inplace_backward=True)
+    with pytest.raises(ValueError, match="a view of one"):
+        functional.sequence_logps(make_logits()[:, 1:], labels[:, 1:], inplace_backward=True)
     logits = make_logits() * 1
     loss = functional.sequence_logps(logits, labels, inplace_backward=True).sum()
     with pytest.raises(RuntimeError, match="second derivative"):
@@ -376,6 +378,12 @@ def test_bad_heads_are_named(labels):
         functional.linear_sequence_logps(hidden, weight, labels, softcap=0.0)
     with pytest.raises(ValueError, match="chunk_size must be a positive integer, got 0"):
         functional.linear_sequence_logps(hidden, weight, labels, chunk_size=0)
+    with pytest.raises(ValueError, match=r"labels\[2, 5\] is 11, but must be in \[0, 11\)"):
+        functional.linear_sequence_logps(
+            hidden, weight, labels.index_put((torch.tensor(2), torch.tensor(5)), torch.tensor(11))
+        )
+    with pytest.raises(TypeError, match=r"ref_weight must be a torch.Tensor, got NoneType"):
+        functional.linear_sequence_logratios(hidden, weight, hidden, None, labels)
     with pytest.raises(ValueError, match="ref_weight must have policy_weight's 11 rows, got 10"):
         functional.linear_sequence_logratios(hidden, weight, hidden, weight[1:], labels)
     with pytest.raises(TypeError, match="log-ratio has no entropy"):

@@ -95,6 +95,19 @@ def test_wdpo_refuses_zero_3(refuse):
 def test_a_paired_loss_refuses_unpaired_data_and_the_reverse(refuse, tmp_path, tiny):
     assert "loss 'dpo' needs preference data" in refuse(data=rows_file(tmp_path, unpaired_rows()))
     assert "loss 'kto' needs unpaired data" in refuse("loss.name=kto", data=tiny.pairs)
+    message = refuse(f"data.eval={tiny.unpaired}")
+    assert f"but data.eval {tiny.unpaired!r} holds unpaired data" in message
+
+
+def test_mismatched_pairs_need_two_prompts_on_both_sides(refuse, tmp_path):
+    file = rows_file(tmp_path, unpaired_rows(4))
+    message = refuse("loss.name=kto", "data.eval_fraction=0.1", data=file)
+    assert f"the eval rows of {file}: mismatched pairs need two different prompts, got 1 example(s)" in message
+    assert message.endswith("raise data.eval_fraction or give data.eval")
+    single = write_rows(tmp_path / "single.jsonl", unpaired_rows(1))
+    message = refuse("loss.name=kto", f"data.eval={single}", data=file)
+    assert f"the eval rows of {single}: mismatched" in message
+    assert "data.eval_fraction" not in message
 
 
 def test_aot_unpaired_has_nothing_to_match_in_a_microbatch_of_one(refuse, tiny):
@@ -112,6 +125,17 @@ def test_a_model_that_is_not_there(refuse, tmp_path):
 def test_sequences_longer_than_the_model(refuse, tmp_path):
     file = rows_file(tmp_path, [{"prompt": "a", "chosen": "long " * 40, "rejected": "c"}] * 4)
     assert "the model has 128 positions; set data.max_length=128 or less" in refuse("data.max_length=512", data=file)
+
+
+def test_mismatched_sequences_longer_than_the_model(refuse, tmp_path):
+    # Each row fits, and the long prompt with the other's long completion does not.
+    rows = [
+        {"prompt": "long " * 20, "completion": "b", "label": True},
+        {"prompt": "a", "completion": "long " * 20, "label": False},
+    ]
+    file = rows_file(tmp_path, rows)
+    message = refuse("loss.name=kto", "data.max_length=512", f"data.eval={file}", data=file)
+    assert "lets 201 tokens through, but the model has 128 positions" in message
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(refuse, tmp_path):

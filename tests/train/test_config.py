@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from robustloss.train.config import FREE_KEYS, InputError, RunConfig, flatten, load_config, read_overrides, save_config
+from robustloss.train.config import (
+    FREE_KEYS,
+    InputError,
+    RunConfig,
+    attention_of,
+    flatten,
+    load_config,
+    read_overrides,
+    save_config,
+)
 
 COMPLETE = {"model": {"name_or_path": "m"}, "data": {"train": "d.jsonl"}, "loss": {"name": "dpo"}}
 
@@ -58,12 +67,32 @@ def test_a_saved_config_reads_back_the_same(tmp_path):
         ("reference.mode=base", "lora is null"),
         ("model=gpt2", "config key 'model' must be a section"),
         ("seed", "must read key=value"),
+        ("seed=99999999999999", "seed must be in [0, 2**31), got 99999999999999"),
+        ("seed=-1", "seed must be in [0, 2**31), got -1"),
+        ("loss.name=[dpo]", "loss.name ['dpo'] is unknown"),
+        ("data.kind=unpaired", "loss 'dpo' needs preference data (chosen and rejected), but data.kind says unpaired"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(override, message):
     with pytest.raises(InputError, match=r"^[^\n]*$") as error:
         load_config(None, [override], base=COMPLETE)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("override", "valid"), [("loss.name=zzz", "kldpo"), ("loss.zzz=1", "label_smoothing")])
+def test_what_is_near_no_name_lists_the_valid_ones_once(override, valid):
+    with pytest.raises(InputError) as error:
+        load_config(None, [override], base=COMPLETE)
+    assert str(error.value).count(valid) == 1
+
+
+def test_attention_is_told_by_the_loss_where_the_config_leaves_it_open():
+    def attention(*overrides):
+        return attention_of(load_config(None, overrides, base=COMPLETE))
+
+    assert attention() == "sdpa"
+    assert attention("loss.name=wdpo") == "eager"
+    assert attention("model.attn_implementation=eager") == "eager"
 
 
 @pytest.mark.parametrize(

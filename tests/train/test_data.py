@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from robustloss.train import data, texts
@@ -106,7 +106,16 @@ def write_file(path: Path, rows: list[dict]) -> str:
 @pytest.mark.parametrize("row", [PAIR, SAMPLE], ids=["preference", "unpaired"])
 def test_every_format_gives_back_the_rows_that_were_written(tmp_path, suffix, row):
     rows = [row, {**row, "prompt": 'Two\nlines, a "quote" and ünïcode \u2028'}, {**row, "prompt": "NA"}]
-    assert load_rows(write_file(tmp_path / f"rows{suffix}", rows), "train") == rows
+    expected = [{**row, "label": str(row["label"])} for row in rows] if suffix == ".csv" and "label" in row else rows
+    assert load_rows(write_file(tmp_path / f"rows{suffix}", rows), "train") == expected
+
+
+def test_csv_labels_are_texts_and_those_of_preference_data_are_let_alone(tmp_path, tokenizer):
+    unpaired = [{**SAMPLE, "label": label} for label in ("true", "False", " TRUE")]
+    rows = load_rows(write_file(tmp_path / "unpaired.csv", unpaired), "train")
+    assert [example.desirable for example in tokenize(rows, tokenizer, kind="unpaired")] == [True, False, True]
+    rows = load_rows(write_file(tmp_path / "pairs.csv", [{**PAIR, "label": 0}, {**PAIR, "label": 1}]), "train")
+    assert tokenize(rows, tokenizer) == tokenize([PAIR, PAIR], tokenizer)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
@@ -162,12 +171,6 @@ def test_any_other_name_is_a_dataset_of_the_hub(monkeypatch):
         ("bad.jsonl", '{"a": 1}\n[1]\n', r"bad\.jsonl:2: got a JSON list, want an object"),
         ("bad.json", '[{"a": 1},\n{"a": }]', r"bad\.json:2: not JSON"),
         ("bad.json", '[{"a": 1}, 2]', r"bad\.json\[1\]: got a JSON int, want an object"),
-        (
-            "bad.csv",
-            "prompt,completion,label\na,b,true\na,b,1\n",
-            r"bad\.csv:3: column 'label': got '1', want true",
-        ),
-        ("bad.csv", "prompt,completion,label\na,b\n", r"bad\.csv:2: column 'label': got None, want true or false"),
         ("bad.csv", "prompt,completion\na,b,c\n", r"bad\.csv:2: got more cells than the 2 columns"),
         ("bad.csv", 'prompt,completion\n"a,b\n', r"bad\.csv:\d: not CSV"),
         ("bad.parquet", "no parquet", r"bad\.parquet: not a Parquet file"),
@@ -247,7 +250,7 @@ def test_missing_columns_are_named_beside_those_present(row, message):
             "column 'completion': got an empty completion",
         ),
         ("unpaired", {"label": 1}, "column 'label': got int 1, want true or false"),
-        ("unpaired", {"label": "true"}, "column 'label': got str 'true', want true or false"),
+        ("unpaired", {"label": "1"}, "column 'label': got str '1', want true or false"),
         ("unpaired", {"label": None}, "column 'label': got NoneType None, want true or false"),
     ],
 )
@@ -461,6 +464,14 @@ def test_end_truncation_that_leaves_no_completion_token_is_refused(tokenizer, wh
     message = rf"memory\[1\]: column 'prompt': got {length} tokens, .*data\.max_length={length}"
     with pytest.raises(ValueError, match=message):
         tokenize([{**PAIR, "prompt": "a"}, PAIR], tokenizer, max_length=length, truncation="end")
+
+
+def test_a_completion_that_the_tokenizer_drops_is_named_by_its_own_column():
+    tokenizer = make_tokenizer(bos_token="<s>")  # no end token that would stand in its place
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    message = r"memory\[0\]: column 'rejected': got str '\\u200b', of which the tokenizer makes no token"
+    with pytest.raises(ValueError, match=message):
+        tokenize([{**PAIR, "rejected": "\u200b"}], tokenizer)
 
 
 def test_nothing_is_said_where_nothing_is_cut(tokenizer, whole, caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import pair_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from robustloss.train import references
 from robustloss.train.config import InputError, load_config
 from robustloss.train.engine import learning_rate_factor
 from robustloss.train.inputs import BatchOrder
@@ -192,6 +194,39 @@ def test_the_reference_is_computed_once_for_all_runs_that_share_it(train, tmp_pa
     assert calls.count("logps") == 7
     train("other tokens", reference=cache, data={"max_length": 12})
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_the_reference_is_computed_anew_where_its_numbers_would_be_others(train, tmp_path, monkeypatch):
+    # By default wdpo computes attention in another way than dpo does; max_steps and the like change nothing.
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    train("dpo", reference=cache, max_steps=1)
+    train("wdpo", reference=cache, max_steps=1, loss={"name": "wdpo"})
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr(references, "version", lambda package: f"another {package}")
+    train("newer", reference=cache, max_steps=1)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_a_model_is_known_by_its_code_too(tiny, tmp_path):
+    folder = shutil.copytree(tiny.gpt2, tmp_path / "model")
+    identities = [references.model_identity(str(folder))]
+    for code in ("x = 1", "x = 2"):
+        (folder / "modeling_own.py").write_text(code)
+        identities.append(references.model_identity(str(folder)))
+    assert all(identities.count(identity) == 1 for identity in identities)
+
+
+def test_a_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for commit in ("a" * 40, "b" * 40):
+        snapshot = tmp_path / "models--owner--model" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        # The model's own code would have to be trusted and run before its config could be read.
+        (snapshot / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+        (tmp_path / "models--owner--model" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--owner--model" / "refs" / "main").write_text(commit)
+        assert references.model_identity("owner/model") == {"name": "owner/model", "commit": commit}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "short", "nan"])

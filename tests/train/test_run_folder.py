@@ -1,0 +1,98 @@
+"""A run's folder: nothing in it that others need is lost, and no two runs are mixed in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from robustloss.train.checkpoint import completed_checkpoints, prepare_folder
+from robustloss.train.config import InputError, load_config
+from robustloss.train.loop import run
+
+pytestmark = pytest.mark.usefixtures("without_report")
+
+
+def start(tiny, folder, **changes):
+    return run(load_config(None, base=tiny.settings(folder, **changes)))
+
+
+@pytest.fixture
+def interrupted(tiny, tmp_path):
+    """The folder of a run of four steps with checkpoints at one, two and three, that ended before its model."""
+    folder = start(tiny, tmp_path / "run", save_every=1, keep_checkpoints=3)
+    shutil.rmtree(folder / "model")
+    return folder
+
+
+def test_starting_again_deletes_what_a_run_wrote_and_nothing_else(tiny, interrupted):
+    note = interrupted / "note.txt"
+    note.write_text("mine")
+    start(tiny, interrupted, save_every=0, resume=False)
+    assert note.read_text() == "mine"
+    assert not completed_checkpoints(interrupted / "checkpoints")
+    assert (interrupted / "model" / "model.safetensors").is_file()
+
+
+def test_starting_again_refuses_a_folder_that_is_no_run(tiny, tmp_path):
+    kept = tmp_path / "home" / "model" / "weights"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"'model'.* no run"):
+            start(tiny, tmp_path / "home", resume=resume)
+    assert kept.read_text() == "mine"
+
+
+def test_starting_again_refuses_to_delete_its_own_input(tiny, tmp_path):
+    folder = start(tiny, tmp_path / "run")
+    with pytest.raises(InputError, match=r"would delete model\.name_or_path"):
+        start(tiny, folder, resume=False, model={"name_or_path": str(folder / "model")})
+    assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_a_refused_run_leaves_half_written_checkpoints_of_others(tiny, interrupted):
+    half = interrupted / "checkpoints" / "step_00000009" / "file"
+    half.parent.mkdir()
+    half.write_text("half")
+    with pytest.raises(InputError, match="another seed"):
+        start(tiny, interrupted, seed=5)
+    assert half.is_file()
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_is_at_work(tiny, tmp_path):
+    with prepare_folder(tmp_path / "run"), pytest.raises(InputError, match="another run is at work in it"):
+        start(tiny, tmp_path / "run")
+    start(tiny, tmp_path / "run")
+
+
+def test_data_that_changed_under_their_path_are_not_gone_on_with(tiny, tmp_path):
+    copy = tmp_path / "pairs.jsonl"
+    shutil.copy(tiny.pairs, copy)
+    changes = {"data": {"train": str(copy), "eval": tiny.pairs, "max_length": 64}, "save_every": 1}
+    folder = start(tiny, tmp_path / "run", **changes)
+    shutil.rmtree(folder / "model")
+    lines = copy.read_text().splitlines(keepends=True)
+    copy.write_text("".join(reversed(lines)))
+    with pytest.raises(InputError, match="run on other data"):
+        start(tiny, folder, **changes)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(tiny, interrupted):
+    newest = completed_checkpoints(interrupted / "checkpoints")[-1]
+    for file in newest.glob("*.pt"):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match=rf"{newest.name} cannot be read.*the run goes on from the one before"):
+        start(tiny, interrupted, save_every=1, keep_checkpoints=3)
+    shutil.rmtree(newest)
+    start(tiny, interrupted, save_every=1, keep_checkpoints=3)
+    steps = [json.loads(line)["step"] for line in (interrupted / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_named(tiny, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"output_dir .* cannot be used"):
+        start(tiny, tmp_path / name)
