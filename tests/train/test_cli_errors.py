@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import pair_rows, save_tiny, tiny_gpt2, unpaired_rows, write_rows
 
 from robustloss.train.cli import main
@@ -40,6 +42,38 @@ def test_an_unknown_key_names_the_nearest(refuse):
     assert "unknown config key 'optimizer.learning_rte'; did you mean 'optimizer.learning_rate'?" in refuse(
         "optimizer.learning_rte=1"
     )
+
+
+def test_a_run_without_a_loss_is_told_their_names(capsys, tiny):
+    assert main(["train", f"model.name_or_path={tiny.gpt2}", f"data.train={tiny.pairs}"]) == 2
+    assert "'loss.name' is missing: give one of dpo, kldpo" in capsys.readouterr().err
+
+
+def test_a_model_folder_that_is_missing(refuse, tmp_path):
+    assert "no such folder" in refuse(model=str(tmp_path / "nowhere"))
+
+
+def test_a_model_folder_without_a_tokenizer(refuse, tiny, tmp_path):
+    folder = shutil.copytree(tiny.gpt2, tmp_path / "model")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    assert "no tokenizer" in refuse(model=str(folder))
+
+
+def test_weights_that_are_cut_short_or_missing(refuse, tiny, tmp_path):
+    folder = shutil.copytree(tiny.gpt2, tmp_path / "model")
+    whole = load_file(folder / "model.safetensors")
+    whole.pop(next(name for name in whole if "c_attn" in name))
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks 1 weight(s)" in refuse(model=str(folder), loads_model=True)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:999])
+    assert "cannot be loaded" in refuse(model=str(folder), loads_model=True)
+
+
+def test_unpaired_data_of_one_class(refuse, tmp_path):
+    file = rows_file(tmp_path, [row for row in unpaired_rows() if row["label"]])
+    for name in ("aot_unpaired", "kto"):
+        assert "one value of 'label' only" in refuse(f"loss={{name: {name}}}", data=file)
 
 
 def test_a_config_file_that_is_missing(capsys):

@@ -85,7 +85,9 @@ def evaluations(result):
 def test_the_loss_falls_the_margins_rise_and_nothing_warns(results, world, cell):
     result = results(world)[cell_name(*cell)]
     assert "error" not in result, result["error"]
-    assert result["warnings"] == []
+    # Of four samples a process, all are of one class now and then: that is to be said.
+    fair = "one class only" if cell[0] == "aot_unpaired" and world > 1 else None
+    assert [warning for warning in result["warnings"] if fair is None or fair not in warning] == []
     before, after = evaluations(result)
     assert after["loss"] < before["loss"] - 0.02
     assert after["rewards/margins"] > before["rewards/margins"] + 0.05
