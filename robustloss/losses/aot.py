@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from robustloss.losses.aggregates import Mean
-from robustloss.losses.base import LossOutput, PairedLoss, UnpairedLoss, dominance_metrics
+from robustloss.losses.base import LossOutput, PairedLoss, PreferenceLoss, UnpairedLoss, dominance_metrics
 from robustloss.naive.sorted_transport import sorted_margins
 from robustloss.validation import check_choice
 
 SORTS = ("hard",)
 SINGLE = "a sort of one sample a side is plain DPO on it"
-REASON = "sorting matches every sample to another, so no sample has a loss of its own"
 
 
 def _warn(message: str) -> None:
@@ -23,7 +22,29 @@ def _warn(message: str) -> None:
         warnings.warn(f"{message}; give larger batches, as the loss compares distributions", UserWarning, stacklevel=5)
 
 
-class AOTPairedLoss(PairedLoss):
+class SortedLoss(PreferenceLoss):
+    """What the two AOT losses share: their options."""
+
+    coupled = True
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        link: str = "logistic",
+        sort: str = "hard",
+        *,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ):
+        super().__init__(beta, link, label_smoothing, reduction)
+        self.sort = check_choice("sort", sort, SORTS)
+        self._refuse_reduction_none("sorting matches every sample to another, so no sample has a loss of its own")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sort={self.sort!r}"
+
+
+class AOTPairedLoss(SortedLoss, PairedLoss):
     r"""Make the policy's chosen-over-rejected log-ratio dominate the reference's, quantile by quantile.
 
     .. math:: u_i = \log\frac{\pi(y^+_i|x_i)}{\pi(y^-_i|x_i)}, \quad v_i =
@@ -41,24 +62,6 @@ class AOTPairedLoss(PairedLoss):
     Metrics: `DPOLoss`'s, and dominance/violation_area, dominance/violation_w1 (`naive.sorted_transport` of u
         over v).
     """
-
-    coupled = True
-
-    def __init__(
-        self,
-        beta: float = 0.1,
-        link: str = "logistic",
-        sort: str = "hard",
-        *,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-    ):
-        super().__init__(beta, link, label_smoothing, reduction)
-        self.sort = check_choice("sort", sort, SORTS)
-        self._refuse_reduction_none(REASON)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sort={self.sort!r}"
 
     def forward(
         self,
@@ -84,7 +87,7 @@ class AOTPairedLoss(PairedLoss):
         return (value, self._metrics(pc, pr, rc, rr) | dominance_metrics(margins, mass)) if return_metrics else value
 
 
-class AOTUnpairedLoss(UnpairedLoss):
+class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
     r"""Make the log-ratios of desirable completions dominate those of the others, quantile by quantile.
 
     .. math:: u = \{r_i : \text{desirable}\}, \quad v = \{r_i : \text{not}\}, \quad
@@ -97,24 +100,6 @@ class AOTUnpairedLoss(UnpairedLoss):
 
     Metrics: rewards/* and logps/* of both classes, dominance/violation_area and dominance/violation_w1 of u over v.
     """
-
-    coupled = True
-
-    def __init__(
-        self,
-        beta: float = 0.1,
-        link: str = "logistic",
-        sort: str = "hard",
-        *,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-    ):
-        super().__init__(beta, link, label_smoothing, reduction)
-        self.sort = check_choice("sort", sort, SORTS)
-        self._refuse_reduction_none(REASON)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sort={self.sort!r}"
 
     def forward(
         self,

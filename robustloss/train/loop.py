@@ -73,6 +73,12 @@ def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Pat
     total_steps = config.max_steps or order.total_steps(config.epochs)
     if config.loss["name"] == "kldpo" and config.batch.microbatch == 1 and first:  # a sort of one warns by itself
         logger.warning("loss 'kldpo' with batch.microbatch 1 is plain DPO: a tilt of one pair has nothing to weigh")
+    if order.step_size > order.rows and first:
+        logger.warning(
+            "a step takes %d samples and data.train holds %d, so a step repeats some; lower batch.microbatch",
+            order.step_size,
+            order.rows,
+        )
     save_every = max(1, total_steps // 10) if config.save_every is None else config.save_every
     distributed.on_first(partial(open_run, config, _environment(device, world)))
 

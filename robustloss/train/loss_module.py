@@ -180,4 +180,7 @@ def _check_finite(logps: dict[str, Tensor], index: Tensor) -> None:
     for name, value in logps.items():
         if not bool(value.isfinite().all()):
             rows = index[~value.detach().isfinite()].tolist()
-            raise FloatingPointError(f"the policy's {name} are not finite for the dataset's rows {rows}")
+            raise FloatingPointError(
+                f"the policy's {name} are not finite for rows {rows} of the split (counted from 0); lower "
+                "optimizer.learning_rate, or look at these rows"
+            )

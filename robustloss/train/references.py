@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from robustloss.train.config import RunConfig, attention_of
+from robustloss.train.config import RunConfig, attention_of, input_errors
 from robustloss.train.data import fingerprint
+from robustloss.train.distributed import on_first
 from robustloss.train.engine import build_reference
 from robustloss.train.files import replace_file
 from robustloss.train.inputs import Inputs
@@ -138,9 +139,7 @@ def precomputed(
         if not bool(column.isfinite().all()):
             bad = (~column.isfinite()).nonzero().flatten().tolist()
             raise FloatingPointError(f"the reference's log-probabilities are not finite for the dataset's rows {bad}")
-    if dist.get_rank() == 0:
-        _save(path, table)
-    dist.barrier()
+    on_first(partial(_save, path, table))
     return table
 
 
@@ -187,5 +186,6 @@ def _load(path: Path, rows: int) -> dict[str, Tensor] | None:
 
 
 def _save(path: Path, table: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, save(table))
+    with input_errors():  # reference.cache_dir may be no folder, or a full one
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, save(table))
