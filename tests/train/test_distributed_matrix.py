@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def folder(tmp_path_factory):
     if REAL_DATA.is_dir():
         pairs, unpaired = real_rows("pairs.jsonl"), real_rows("unpaired.jsonl")
     else:
+        warnings.warn(f"{REAL_DATA} is absent: the matrix runs on rows of its own", stacklevel=1)
         pairs, unpaired = pair_rows(), unpaired_rows()
     by_label = [[row for row in unpaired if row["label"] is label] for label in (True, False)]
     write_rows(folder / "preference.jsonl", pairs[:ROWS])
