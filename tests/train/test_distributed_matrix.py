@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
         pairs, unpaired = real_rows("pairs.jsonl"), real_rows("unpaired.jsonl")
     else:
         warnings.warn(f"{REAL_DATA} is absent: the matrix runs on rows of its own", stacklevel=1)
-        pairs, unpaired = pair_rows(), unpaired_rows()
+        pairs, unpaired = pair_rows(ROWS), unpaired_rows(ROWS)
     by_label = [[row for row in unpaired if row["label"] is label] for label in (True, False)]
     write_rows(folder / "preference.jsonl", pairs[:ROWS])
     write_rows(folder / "unpaired.jsonl", [row for both in zip(*by_label, strict=False) for row in both][:ROWS])

@@ -78,7 +78,24 @@ def save_tiny(folder: Path, model: PreTrainedModel) -> str:
     return str(folder)
 
 
-WORDS = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay", "kite", "lark")
+WORDS = (
+    "ant",
+    "bee",
+    "cat",
+    "dog",
+    "elk",
+    "fox",
+    "gnu",
+    "hen",
+    "ibis",
+    "jay",
+    "kite",
+    "lark",
+    "mole",
+    "newt",
+    "orca",
+    "puma",
+)
 
 
 def pair_rows(count: int = 12) -> list[dict[str, Any]]:
