@@ -55,8 +55,9 @@ def load_inputs(config: RunConfig, loss: PreferenceLoss) -> Inputs:
             examples[split] = data.tokenize_rows(
                 rows[split], tokenizer, kind=kind, source=source, chat_template=config.model.chat_template, **limits
             )
-            if kind == "unpaired" and split == "train" and len({example.desirable for example in examples[split]}) == 1:
-                raise InputError(f"{source} holds one value of 'label' only: an unpaired loss compares two classes")
+            matches_classes = loss.coupled and not loss.paired and split == "train"
+            if matches_classes and len({example.desirable for example in examples[split]}) == 1:
+                raise InputError(f"{source} holds one value of 'label' only, and this loss matches the two classes")
             if loss.needs_mismatched and examples[split]:
                 try:
                     examples[split] = data.add_mismatched(examples[split], tokenizer, **limits)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import pair_rows, write_rows
+from tiny_models import pair_rows, unpaired_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from robustloss.train import references
@@ -101,6 +101,15 @@ def test_unpaired_losses_train_and_tell_both_classes(train, tiny, loss):
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------
+
+
+def test_kto_trains_on_desirable_completions_alone(train, tmp_path):
+    """Its reference point comes from mismatched pairs, so it needs no second class."""
+    file = write_rows(tmp_path / "desirable.jsonl", [{**row, "label": True} for row in unpaired_rows()])
+    run_dir = train(loss={"name": "kto"}, data={"train": file, "eval": file})
+    before, after = metrics_of(run_dir, "eval")
+    assert after["loss"] < before["loss"]
+    assert after["rewards/chosen"] > 0
 
 
 def test_accumulated_microbatches_train_as_one_batch(train):
