@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -78,13 +79,15 @@ def _fail(message: str) -> int:
 
 
 def _leave_process_group() -> None:
-    """The demonstration's processes meet before the run does, so it is not the run that parts them."""
+    """The demonstration's processes meet before the run does, so it is not the run that parts them; and what an error
+    held while the run ended, groups among it, goes before the process does."""
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         from robustloss.train import distributed
 
         distributed.stop()
+    gc.collect()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import random
@@ -14,6 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Before there is a process group: its functions take the group they find for a default argument, and never let it go.
+import torch.distributed.nn
 
 _set_here: dict[str, str] = {}  # environment variables
 
@@ -59,6 +63,7 @@ def stop() -> None:
     """Leave the process group; a later `start` begins a new one."""
     import deepspeed
 
+    gc.collect()  # an engine is a cycle that holds groups, and the threads of a group that is held abort the exit
     deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
     while _set_here:  # a process started later must not take this one's address for its own
         os.environ.pop(_set_here.popitem()[0], None)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import pair_rows, unpaired_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from robustloss.train import references
+from robustloss.train import cli, references
 from robustloss.train.config import InputError, load_config
 from robustloss.train.engine import learning_rate_factor
 from robustloss.train.inputs import BatchOrder
@@ -69,6 +69,23 @@ def test_a_run_lowers_the_loss_from_ln_2_and_leaves_a_model_that_transformers_lo
             nll = [model(input_ids=ids, labels=labels).loss * length for model in (policy, reference)]
         rewards.append(float(0.1 * (nll[1] - nll[0])))
     torch.testing.assert_close(torch.tensor(evaluation["chosen_rewards"]), torch.tensor(rewards), rtol=1e-4, atol=1e-4)
+
+
+def gloo_threads() -> int:
+    return sum("gloo" in task.read_text() for task in Path("/proc/self/task").glob("*/comm"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
+@pytest.mark.parametrize(("learning_rate", "code"), [(1e-3, 0), (1e30, 2)], ids=["finished", "not finite"])
+def test_no_thread_of_the_process_group_outlives_the_command(tiny, tmp_path, learning_rate, code):
+    """One that does aborts the exiting process now and then, with "terminate called without an active exception"."""
+    optimizer = {"learning_rate": learning_rate, "gradient_clipping": 0, "warmup_ratio": 0}
+    settings = tiny.settings(tmp_path / "run", optimizer=optimizer)
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(settings))
+    before = gloo_threads()
+    assert cli.main(["train", "--config", str(config)]) == code
+    assert gloo_threads() == before
 
 
 def test_the_saved_config_keeps_the_models_own_dropout(train):
