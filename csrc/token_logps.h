@@ -1,4 +1,5 @@
-// One row of the op `token_logps`, compiled once per instruction set; the best one is chosen at run time.
+// One row of the ops `token_logps` and `token_logratios`, compiled once per instruction set; the best one is
+// chosen at run time.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -7,43 +8,52 @@
 
 namespace robustloss {
 
+/// z = s / temperature with s = cap tanh(x / cap), or s = x where cap is 0.
+template <typename scalar_t>
+struct Scaling {
+    at::opmath_type<scalar_t> inverse_temperature, cap;
+};
+
+/// What one pass over a row's logits x gives. A NaN or +inf among them makes everything NaN.
 template <typename scalar_t>
 struct RowStatistics {
     using opmath_t = at::opmath_type<scalar_t>;
-    opmath_t max;      // of the logits x, before the temperature
-    opmath_t log_sum;  // log sum_v exp((x_v - max) / temperature), so that lse = max / temperature + log_sum
-    opmath_t entropy;  // in nats; meaningless unless it was asked for
+    opmath_t max;      // of s
+    opmath_t log_sum;  // log sum_v exp((s_v - max) / temperature), so that lse = max / temperature + log_sum
+    opmath_t entropy;  // in nats
+    opmath_t largest;  // of x: the cap may round several logits to one s
+    opmath_t mean;     // of s
 };
 
-/// Statistics of one row of V logits. A NaN or +inf among them makes all three NaN.
-template <typename scalar_t>
-using ReduceRow = RowStatistics<scalar_t>(const scalar_t* logits, int64_t V,
-                                          at::opmath_type<scalar_t> inverse_temperature);
+enum class Wanted { Lse, Entropy, Everything };  // statistics that were not wanted are meaningless
 
-/// grad_v = scale ([v = label] - exp(x_v / temperature - lse)); `grad` may be `logits`.
+template <typename scalar_t>
+using ReduceRow = RowStatistics<scalar_t>(const scalar_t* logits, int64_t V, Scaling<scalar_t> scaling);
+
+/// grad_v = scale ([v = label] - exp(z_v - lse[0] - lse[1])) ds/dx; `grad` may be `logits`, and `label` may
+/// be outside of the row.
 template <typename scalar_t>
 using GradRow = void(scalar_t* grad, const scalar_t* logits, int64_t V, int64_t label,
-                     at::opmath_type<scalar_t> inverse_temperature, at::opmath_type<scalar_t> lse,
+                     Scaling<scalar_t> scaling, const at::opmath_type<scalar_t> (&lse)[2],
                      at::opmath_type<scalar_t> scale);
 
 template <typename scalar_t>
 struct RowKernels {
-    ReduceRow<scalar_t>* reduce_row;
-    ReduceRow<scalar_t>* reduce_row_with_entropy;
+    ReduceRow<scalar_t>* reduce_row[3];  // by Wanted
     GradRow<scalar_t>* grad_row;
 };
 
 namespace DEFAULT {
 template <typename scalar_t>
-RowKernels<scalar_t> row_kernels();
+RowKernels<scalar_t> row_kernels(bool capped);
 }
 namespace AVX2 {
 template <typename scalar_t>
-RowKernels<scalar_t> row_kernels();
+RowKernels<scalar_t> row_kernels(bool capped);
 }
 namespace AVX512 {
 template <typename scalar_t>
-RowKernels<scalar_t> row_kernels();
+RowKernels<scalar_t> row_kernels(bool capped);
 }
 
 }  // namespace robustloss

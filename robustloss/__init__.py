@@ -7,7 +7,9 @@ Sources: [W] "Robust LLM Alignment via Distributionally Robust Direct Preference
 from robustloss import functional
 from robustloss._version import __version__
 from robustloss.functional import (
+    TokenStatistics,
     linear_sequence_logps,
+    linear_sequence_logps_with_cotangent,
     linear_sequence_logratios,
     sequence_logps,
     sequence_logratios,
@@ -34,10 +36,12 @@ __all__ = [
     "KLTilt",
     "KTOLoss",
     "Mean",
+    "TokenStatistics",
     "WDPOLoss",
     "__version__",
     "functional",
     "linear_sequence_logps",
+    "linear_sequence_logps_with_cotangent",
     "linear_sequence_logratios",
     "sequence_logps",
     "sequence_logratios",

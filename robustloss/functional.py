@@ -11,38 +11,53 @@ autocast and torch.no_grad. The functions share these arguments:
     average: divide by the number of counted tokens.
     cu_seqlens: int32 or int64 [S + 1], the packed (padding-free) form: sequence s is tokens cu_seqlens[s] to
         cu_seqlens[s + 1].
-    return_entropy: also return the entropy in nats, reduced like the log-probabilities; a statistic without gradient.
+    return_entropy: also return the entropy in nats, reduced like the log-probabilities; it carries no gradient.
+    return_statistics: also return `TokenStatistics`, of the same read of the logits, reduced and without gradient too.
 
 Results are float32 whatever the input type (float64 for float64 input), in nats.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from robustloss.naive.sequence_logps import shift_labels
-from robustloss.ops.linear_token_logps import default_chunk_size
-from robustloss.ops.sequence_sum import sequence_sum
-from robustloss.validation import (
-    INTEGER_DTYPES,
-    check_labels_in_range,
-    check_number,
-    check_same_device,
-    check_shape,
-    check_tensor,
+from robustloss._inputs import (
+    check_head,
+    check_inplace,
+    check_logits,
+    check_packing,
+    count_statistics,
+    linear_options,
+    local_part,
+    prepare_labels,
 )
+from robustloss.ops._linear_head import Head, Options
+from robustloss.ops.linear_token_logps_with_gradient import KnownGradient
+from robustloss.ops.token_logps import InplaceTokenLogps
+from robustloss.ops.trainable_linear_token_logps import TrainableHead
+from robustloss.validation import check_same_device, check_shape, check_tensor
 
 __all__ = [
+    "TokenStatistics",
     "linear_sequence_logps",
+    "linear_sequence_logps_with_cotangent",
     "linear_sequence_logratios",
     "sequence_logps",
     "sequence_logratios",
     "token_logps",
 ]
+
+
+class TokenStatistics(NamedTuple):
+    """What the softmax of the logits looks like: one value a token, or its sum (or mean) over a sequence."""
+
+    entropy: Tensor  # in nats
+    top1: Tensor  # 1 where no token has a larger logit than the label: accuracy, once averaged
+    mean_logit: Tensor  # over the vocabulary, before the temperature
 
 
 def token_logps(
@@ -52,13 +67,14 @@ def token_logps(
     ignore_index: int = -100,
     temperature: float = 1.0,
     shift: bool = False,
-) -> Tensor:  # [B, T] or [N]
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, TokenStatistics]:  # [B, T] or [N]
     r"""Log-probability of each label: :math:`z_{y} - \log \sum_v e^{z_v}`, z = logits / temperature, in nats.
 
     Args:
         logits: [B, T, V] or [N, V], float32, bfloat16, float16 or float64, any strides.
         labels: the logits' shape without V.
-        ignore_index, temperature, shift: see the module's docstring.
+        ignore_index, temperature, shift, return_statistics: see the module's docstring.
 
     Returns:
         [B, T] or [N] float32 (float64 for float64 logits); 0 where the label is `ignore_index`. With shift=True
@@ -68,9 +84,11 @@ def token_logps(
         TypeError: an argument that is no tensor or of another dtype.
         ValueError: shapes, devices or temperature that do not fit; a label outside [0, V) on the CPU.
     """
-    _check_logits(logits, labels, temperature)
-    labels = _prepare_labels(labels, shift, ignore_index, None)
-    return _token_statistics(logits, labels, ignore_index, temperature, False, False)[0]
+    check_logits(logits, labels, temperature)
+    labels = prepare_labels(labels, shift, ignore_index, None)
+    n_statistics = 3 if return_statistics else 0
+    logps, statistics = _from_logits(logits, None, labels, ignore_index, temperature, n_statistics, False)
+    return (logps, TokenStatistics(*statistics)) if return_statistics else logps
 
 
 def sequence_logps(
@@ -83,36 +101,36 @@ def sequence_logps(
     shift: bool = False,
     cu_seqlens: Tensor | None = None,
     return_entropy: bool = False,
+    return_statistics: bool = False,
     inplace_backward: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # [B]
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, TokenStatistics]:  # [B]
     r"""Log-probability of each sequence, :math:`\log \pi(y \mid x) = \sum_t \log \pi(y_t \mid x, y_{<t})` ([W] Eq. 3).
 
     Args:
         logits: [B, T, V], or [N, V] or [1, N, V] with `cu_seqlens`; float32, bfloat16, float16 or float64, any strides.
         labels: the logits' shape without V.
-        ignore_index, average, temperature, shift, cu_seqlens, return_entropy: see the module's docstring.
+        ignore_index, average, temperature, shift, cu_seqlens, return_entropy, return_statistics: see the module's
+            docstring.
         inplace_backward: the backward pass writes the gradient over the logits, so that training needs no second [B,
             T, V] tensor. The logits must not be needed afterwards, must not be a leaf or its view, and no second
             derivative is possible; both misuses raise. Under torch.compile, whose memory planning reuses the buffer
             itself, it has no effect.
 
     Returns:
-        [B] (or [S] for S packed sequences) float32, float64 for float64 logits; with `return_entropy` also the entropy.
+        [B] (or [S] for S packed sequences) float32, float64 for float64 logits; with `return_entropy` also the
+        entropy, with `return_statistics` also `TokenStatistics`, each value [B].
 
     Raises:
-        TypeError, ValueError: as `token_logps`; also a cu_seqlens that does not run from 0 to N.
+        TypeError, ValueError: as `token_logps`; also a cu_seqlens that does not run from 0 to N, and both of
+            return_entropy and return_statistics.
     """
-    _check_logits(logits, labels, temperature)
-    _check_packing(labels, cu_seqlens)
-    owner = logits if logits._base is None else logits._base
-    if inplace_backward and owner.requires_grad and owner.is_leaf:
-        raise ValueError(
-            "inplace_backward=True overwrites the logits with their gradient, but logits is a leaf tensor, or a view "
-            "of one, that others hold; pass the output of a module, or leave inplace_backward=False"
-        )
-    labels = _prepare_labels(labels, shift, ignore_index, cu_seqlens)
-    logps, entropy = _token_statistics(logits, labels, ignore_index, temperature, return_entropy, inplace_backward)
-    return _reduce(logps, entropy, labels, ignore_index, average, cu_seqlens, return_entropy)
+    n_statistics = count_statistics(return_entropy, return_statistics)
+    check_logits(logits, labels, temperature)
+    check_packing(labels, cu_seqlens)
+    check_inplace(inplace_backward, "logits", logits)
+    labels = prepare_labels(labels, shift, ignore_index, cu_seqlens)
+    logps, statistics = _from_logits(logits, None, labels, ignore_index, temperature, n_statistics, inplace_backward)
+    return _reduce(logps, statistics, labels, ignore_index, average, cu_seqlens)
 
 
 def linear_sequence_logps(
@@ -121,99 +139,164 @@ def linear_sequence_logps(
     labels: Tensor,  # [B, T], or [N] or [1, N]
     *,
     bias: Tensor | None = None,  # [V]
+    adapter: tuple[Tensor, Tensor] | None = None,  # [B, T, R], [V, R]
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     average: bool = False,
     temperature: float = 1.0,
     shift: bool = False,
     cu_seqlens: Tensor | None = None,
     return_entropy: bool = False,
+    return_statistics: bool = False,
     chunk_size: int | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # [B]
-    """`sequence_logps` of the logits hidden @ weight.T + bias, which are never held: see
-    `robustloss.ops.linear_token_logps`.
+    recompute: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+    vocabulary_start: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, TokenStatistics]:  # [B]
+    r"""`sequence_logps` of the output head's logits, which are never held.
+
+    .. math:: \text{logits} = s \cdot c \tanh\big((h W^\top + u U^\top + b) / c\big)
+
+    With 2 N H V flops a product, N the counted tokens: 2 NHV where nothing needs a gradient, 4 NHV where only the
+    hidden states do, 6 NHV (up to H tokens, 8 NHV for many more) where the weight does. See `robustloss.ops`.
 
     Args:
-        hidden: [B, T, H], or [N, H] or [1, N, H] with `cu_seqlens`: the last hidden states.
-        weight: [V, H], the output head (`lm_head.weight`), of hidden's dtype (under autocast both are cast).
-        bias: [V].
-        softcap: Gemma's logit soft cap c, logits = c tanh(a / c).
-        chunk_size: tokens whose logits are held at a time; by default a buffer of about 64 MiB.
+        hidden: [B, T, H], or [N, H] or [1, N, H] with `cu_seqlens`: the last hidden states h.
+        weight: [V, H], the output head W (`lm_head.weight`), of hidden's dtype (under autocast all are cast). A DTensor
+            that is replicated, or sharded over the vocabulary, is taken as it is.
+        bias: [V], b.
+        adapter: (u, U), hidden's shape with R for H and [V, R]: a low-rank addition to the head. LoRA's is (scaling *
+            lora_A(dropout(hidden)), lora_B.weight).
+        softcap: Gemma's logit soft cap c; None is no cap.
+        logit_scale: Cohere's factor s of the logits (Granite divides by its).
+        chunk_size: tokens whose logits may be held at a time; by default 48 MiB on a CPU, 1/256 of a GPU's memory.
+        recompute: compute the logits again in the backward. By default those of the first H tokens wait in the
+            memory of the weight's gradient, which is therefore allocated in the forward; with several calls before one
+            backward these add up.
+        process_group: the head is split over the vocabulary, a part a rank; hidden states and labels are the same on
+            all of them. No second derivative.
+        vocabulary_start: the first token of this rank's part; by default its rank times the part's size.
         labels and the rest: see the module's docstring.
 
     Returns:
-        [B] float32 (float64 for float64 hidden states); with `return_entropy` also the entropy.
+        [B] float32 (float64 for float64 hidden states); with `return_entropy` also the entropy, with
+        `return_statistics` also `TokenStatistics`.
 
     Raises:
-        TypeError, ValueError: as `sequence_logps`; also hidden, weight and bias that do not fit together.
+        TypeError, ValueError: as `sequence_logps`; also tensors of the head that do not fit together.
     """
-    check_tensor("hidden", hidden)
-    check_tensor("weight", weight)
-    if weight.ndim != 2 or hidden.ndim not in (2, 3) or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be [B, T, H] or [N, H] and weight [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+    n_statistics = count_statistics(return_entropy, return_statistics)
+    weight, bias, process_group, vocabulary_start = local_part(weight, bias, process_group, vocabulary_start)
+    vocabulary = len(weight) if process_group is None and isinstance(weight, Tensor) and weight.ndim == 2 else None
+    head = check_head(hidden, weight, bias, adapter, labels, temperature, vocabulary, ignore_index)
+    check_packing(labels, cu_seqlens)
+    labels = prepare_labels(labels, shift, ignore_index, cu_seqlens)
+    options = linear_options(ignore_index, temperature, softcap, logit_scale, chunk_size)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logps, statistics = _from_hidden(
+            head, labels.flatten(), options, n_statistics, recompute, process_group, vocabulary_start or 0
         )
-    check_same_device("weight", weight, "hidden", hidden)
-    if bias is not None:
-        check_shape("bias", check_tensor("bias", bias), weight.shape[:1], "weight's first dimension")
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(
-                f"{name} must have hidden's dtype {hidden.dtype}, got {value.dtype}; cast one, or use autocast"
-            )
-    _check_labels(labels, hidden, "hidden", temperature)
-    # Here, because the op sees labels by the chunk, and would name the wrong position.
-    check_labels_in_range(labels, len(weight), ignore_index)
-    _check_packing(labels, cu_seqlens)
-    if softcap is not None:
-        check_number("softcap", softcap, above=0)
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")
+    if n_statistics == 3 and logit_scale != 1.0:
+        statistics = statistics * statistics.new_tensor([1.0, 1.0, logit_scale]).unsqueeze(-1)
+    return _reduce(
+        logps.view(labels.shape),
+        statistics.view(n_statistics, *labels.shape),
+        labels,
+        ignore_index,
+        average,
+        cu_seqlens,
+    )
 
-    labels = _prepare_labels(labels, shift, ignore_index, cu_seqlens)
-    with torch.autocast(device_type, enabled=False):
-        logps, _, entropy = torch.ops.robustloss.linear_token_logps(
-            hidden.flatten(0, -2),
-            weight,
-            bias,
-            labels.flatten(),
-            ignore_index,
-            float(temperature),
-            softcap,
-            chunk_size or default_chunk_size(len(weight), hidden.itemsize),
-            return_entropy,
-        )
-    logps = logps.view(labels.shape)
-    entropy = entropy.view(labels.shape) if return_entropy else entropy
-    return _reduce(logps, entropy, labels, ignore_index, average, cu_seqlens, return_entropy)
+
+def linear_sequence_logps_with_cotangent(
+    hidden: Tensor,  # [B, T, H], or [N, H] or [1, N, H] with cu_seqlens
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [B, T], or [N] or [1, N]
+    cotangent: Tensor,  # [B]
+    *,
+    bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    average: bool = False,
+    temperature: float = 1.0,
+    shift: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:  # scalar, [B]
+    r"""`linear_sequence_logps` where dL/dlogps is known beforehand: log-probabilities and gradients in one pass, 6 NHV.
+
+    Args:
+        cotangent: [B] (or [S] packed), :math:`c_i = \partial L / \partial \log \pi(y_i \mid x_i)`, held fixed. A sum of
+            log-probabilities has ones; a loss of the whole batch has what a first pass without gradient found.
+        hidden, weight and the rest: as `linear_sequence_logps`.
+
+    Returns:
+        (surrogate, logps): :math:`\sum_i c_i \log \pi(y_i \mid x_i)`, whose backward hands out the gradients that the
+        forward has made (once, and only first derivatives), and the [B] log-probabilities, without gradient.
+
+    Raises:
+        TypeError, ValueError: as `linear_sequence_logps`; also a cotangent that is not one number a sequence.
+        RuntimeError: a second backward.
+    """
+    weight, bias, process_group, _ = local_part(weight, bias, None, None)
+    if process_group is not None:
+        raise ValueError("weight is sharded over the vocabulary; use linear_sequence_logps, which can be split")
+    head = check_head(hidden, weight, bias, adapter, labels, temperature, len(weight), ignore_index)
+    check_packing(labels, cu_seqlens)
+    n_sequences = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    check_shape("cotangent", check_tensor("cotangent", cotangent), (n_sequences,), "one number a sequence")
+    check_same_device("cotangent", cotangent, "hidden", hidden)
+    labels = prepare_labels(labels, shift, ignore_index, cu_seqlens)
+    options = linear_options(ignore_index, temperature, softcap, logit_scale, chunk_size)
+    flat = labels if cu_seqlens is None else labels.flatten()
+    with torch.autocast(hidden.device.type, enabled=False):
+        with torch.enable_grad():
+            # The adjoint of the sum over tokens, as autograd has it.
+            zeros = torch.zeros(flat.shape, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+            zeros = zeros.to(labels.device).requires_grad_()
+            sums, _ = torch.ops.robustloss.sequence_sum(zeros, flat, cu_seqlens, ignore_index, average)
+            (grad_logps,) = torch.autograd.grad(sums, zeros, cotangent.detach().to(sums.dtype))
+        surrogate, logps, _, _ = KnownGradient.apply(*head, labels.flatten(), grad_logps.flatten(), options, 0)
+    logps = _reduce(logps.view(labels.shape), logps.new_empty(0), labels, ignore_index, average, cu_seqlens)
+    return surrogate, cast(Tensor, logps)
 
 
 def sequence_logratios(
-    policy_logits: Tensor,  # [B, T, V]
-    ref_logits: Tensor,  # [B, T, V]
-    labels: Tensor,  # [B, T]
-    **options,
+    policy_logits: Tensor,  # [B, T, V], or [N, V] or [1, N, V] with cu_seqlens
+    ref_logits: Tensor,  # policy_logits' shape
+    labels: Tensor,  # [B, T], or [N] or [1, N]
+    *,
+    ignore_index: int = -100,
+    average: bool = False,
+    temperature: float = 1.0,
+    shift: bool = False,
+    cu_seqlens: Tensor | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor:  # [B]
-    """Log-ratio of each sequence, log pi(y|x) - log pi_ref(y|x); no gradient reaches the reference.
+    """Log-ratio of each sequence, log pi(y|x) - log pi_ref(y|x), both logits read by one kernel; no gradient reaches
+    the reference.
 
     Args:
-        policy_logits, ref_logits, labels: as `sequence_logps`; the two logits have one shape.
-        options: `sequence_logps`'s, except return_entropy; inplace_backward concerns the policy's logits only.
+        policy_logits, ref_logits: as `sequence_logps`'s; one shape, any two dtypes.
+        inplace_backward: as `sequence_logps`'s; it concerns the policy's logits.
+        labels and the rest: see the module's docstring.
 
     Returns:
-        [B] float32 (float64 for float64 logits), in nats.
+        [B] float32 (float64 for float64 policy_logits), in nats.
     """
-    check_tensor("policy_logits", policy_logits)
+    check_logits(policy_logits, labels, temperature, "policy_logits")
     check_shape("ref_logits", check_tensor("ref_logits", ref_logits), policy_logits.shape, "policy_logits' shape")
-    _refuse_entropy(options)
-    with torch.no_grad():
-        ref_logps = sequence_logps(ref_logits, labels, **{**options, "inplace_backward": False})
-    # Without return_entropy the result is one tensor.
-    return cast(Tensor, sequence_logps(policy_logits, labels, **options)) - cast(Tensor, ref_logps)
+    check_same_device("ref_logits", ref_logits, "policy_logits", policy_logits)
+    check_packing(labels, cu_seqlens)
+    check_inplace(inplace_backward, "policy_logits", policy_logits)
+    labels = prepare_labels(labels, shift, ignore_index, cu_seqlens)
+    logratios, _ = _from_logits(
+        policy_logits, ref_logits.detach(), labels, ignore_index, temperature, 0, inplace_backward
+    )
+    return cast(Tensor, _reduce(logratios, logratios.new_empty(0), labels, ignore_index, average, cu_seqlens))
 
 
 def linear_sequence_logratios(
@@ -229,128 +312,103 @@ def linear_sequence_logratios(
 ) -> Tensor:  # [B]
     """Log-ratio of each sequence from both models' hidden states; no gradient reaches the reference.
 
+    The reference's pass is over, and its workspace free, before the policy's begins.
+
     Args:
         policy_hidden, policy_weight, policy_bias: as `linear_sequence_logps`.
         ref_hidden, ref_weight, ref_bias: the reference model's; its hidden size may differ, its vocabulary may not.
-        options: `linear_sequence_logps`'s, except bias and return_entropy.
+        options: `linear_sequence_logps`'s, except bias, return_entropy and return_statistics; `adapter` and
+            `recompute` concern the policy only.
 
     Returns:
         [B] float32 (float64 for float64 hidden states), in nats.
     """
     if len(check_tensor("ref_weight", ref_weight)) != len(check_tensor("policy_weight", policy_weight)):
         raise ValueError(f"ref_weight must have policy_weight's {len(policy_weight)} rows, got {len(ref_weight)}")
-    _refuse_entropy(options)
+    if options.get("return_entropy") or options.get("return_statistics"):
+        raise TypeError("a log-ratio has no entropy: call linear_sequence_logps with return_entropy=True instead")
     with torch.no_grad():
-        ref_logps = linear_sequence_logps(ref_hidden, ref_weight, labels, bias=ref_bias, **options)
+        ref_options = {**options, "adapter": None, "bias": ref_bias}
+        ref_logps = linear_sequence_logps(ref_hidden, ref_weight, labels, **ref_options)
     policy_logps = linear_sequence_logps(policy_hidden, policy_weight, labels, bias=policy_bias, **options)
     return cast(Tensor, policy_logps) - cast(Tensor, ref_logps)
 
 
-# ---- what they share ----------------------------------------------------------------------------------------------
+# ---- what goes out ------------------------------------------------------------------------------------------------
 
 
-def _refuse_entropy(options: dict) -> None:
-    if options.get("return_entropy"):
-        raise TypeError("a log-ratio has no entropy: call sequence_logps with return_entropy=True instead")
-
-
-def _check_logits(logits: Tensor, labels: Tensor, temperature: float) -> None:
-    check_tensor("logits", logits)
-    if logits.ndim not in (2, 3) or logits.shape[-1] < 1:
-        raise ValueError(f"logits must be [B, T, V] or [N, V] with V >= 1, got {tuple(logits.shape)}")
-    _check_labels(labels, logits, "logits", temperature)
-
-
-def _check_labels(labels: Tensor, like: Tensor, like_name: str, temperature: float) -> None:
-    check_tensor("labels", labels, dtypes=INTEGER_DTYPES)
-    check_shape("labels", labels, like.shape[:-1], f"{like_name}' shape without its last dimension")
-    check_same_device("labels", labels, like_name, like)
-    check_number("temperature", temperature, above=0)
-
-
-def _check_packing(labels: Tensor, cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is None:
-        if labels.ndim != 2:
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} hold packed sequences: give cu_seqlens, or labels [B, T]"
-            )
-        return
-    check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGER_DTYPES)
-    check_same_device("cu_seqlens", cu_seqlens, "labels", labels)
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
-        raise ValueError(f"cu_seqlens must be [S + 1], got {tuple(cu_seqlens.shape)}")
-    if labels.ndim == 2 and labels.shape[0] != 1:
-        raise ValueError(f"with cu_seqlens labels must be [N] or [1, N], got {tuple(labels.shape)}")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != labels.numel() or any(a > b for a, b in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to {labels.numel()} (the number of tokens), got {bounds}")
-
-
-def _prepare_labels(labels: Tensor, shift: bool, ignore_index: int, cu_seqlens: Tensor | None) -> Tensor:
-    labels = labels.long().contiguous()
-    return shift_labels(labels, ignore_index, cu_seqlens) if shift else labels
-
-
-def _token_statistics(
-    logits: Tensor, labels: Tensor, ignore_index: int, temperature: float, return_entropy: bool, inplace_backward: bool
+def _from_logits(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    temperature: float,
+    n_statistics: int,
+    inplace_backward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Per-token (logps, entropy) in labels' shape; entropy is empty unless asked for."""
-    rows = logits if logits.ndim == 3 else logits.unsqueeze(0)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    row_labels = labels.view(rows.shape[:-1])
+    """Per-token log-probabilities, or log-ratios where there is a reference, and statistics, in labels' shape."""
+    rows, ref_rows = (None if value is None else _rows(value) for value in (logits, ref_logits))
+    assert rows is not None
+    row_labels, temperature = labels.view(rows.shape[:-1]), float(temperature)
     if inplace_backward and not torch.compiler.is_compiling():
-        logps, entropy = _InplaceTokenLogps.apply(rows, row_labels, ignore_index, float(temperature), return_entropy)
+        values, statistics = InplaceTokenLogps.apply(
+            rows, ref_rows, row_labels, ignore_index, temperature, n_statistics
+        )
+    elif ref_rows is None:
+        values, _, statistics = torch.ops.robustloss.token_logps(
+            rows, row_labels, ignore_index, temperature, None, n_statistics
+        )
     else:
-        logps, _, entropy = torch.ops.robustloss.token_logps(
-            rows, row_labels, ignore_index, float(temperature), return_entropy
+        values, _ = torch.ops.robustloss.token_logratios(rows, ref_rows, row_labels, ignore_index, temperature)
+        statistics = values.new_empty(0)
+    return values.view(labels.shape), statistics.view(n_statistics, *labels.shape)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """[B, T, V] with unit stride in V."""
+    rows = logits if logits.ndim == 3 else logits.unsqueeze(0)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _from_hidden(
+    head: Head,
+    labels: Tensor,  # [N]
+    options: Options,
+    n_statistics: int,
+    recompute: bool,
+    process_group: dist.ProcessGroup | None,
+    vocabulary_start: int,
+) -> tuple[Tensor, Tensor]:
+    """Per-token log-probabilities and statistics, in the regime that the gradients that are needed ask for."""
+    needs = [value is not None and value.requires_grad and torch.is_grad_enabled() for value in head]
+    if process_group is not None or (needs[1] and not recompute and not torch.compiler.is_compiling()):
+        logps, _, statistics = TrainableHead.apply(
+            *head, labels, options, n_statistics, process_group, vocabulary_start
         )
-    return logps.view(labels.shape), entropy.view(labels.shape) if return_entropy else entropy
-
-
-class _InplaceTokenLogps(torch.autograd.Function):
-    """`token_logps` whose backward writes the gradient over the logits."""
-
-    @staticmethod
-    def forward(ctx, logits, labels, ignore_index, temperature, return_entropy):
-        logps, lse, entropy = torch.ops.robustloss.token_logps(
-            logits, labels, ignore_index, temperature, return_entropy
-        )
-        ctx.save_for_backward(logits, labels, lse)
-        ctx.options = (ignore_index, temperature)
-        ctx.mark_non_differentiable(entropy)
-        return logps, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logps, _grad_entropy):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "inplace_backward=True overwrites the logits, so a second derivative (create_graph=True) is "
-                "impossible; leave inplace_backward=False"
-            )
-        logits, labels, lse = ctx.saved_tensors
-        torch.ops.robustloss.token_logps_bwd_(grad_logps, logits, labels, lse, *ctx.options)
-        # Autograd then refuses a second backward through the overwritten logits instead of computing nonsense.
-        torch.autograd.graph.increment_version(logits)
-        return logits, None, None, None, None
+    elif needs == [True, False, False, False, False]:
+        logps, _, statistics, _ = torch.ops.robustloss.frozen_linear_token_logps(*head, labels, *options, n_statistics)
+    else:
+        logps, _, statistics = torch.ops.robustloss.linear_token_logps(*head, labels, *options, n_statistics)
+    return logps, statistics
 
 
 def _reduce(
     logps: Tensor,
-    entropy: Tensor,
+    statistics: Tensor,  # [n, ...]
     labels: Tensor,
     ignore_index: int,
     average: bool,
     cu_seqlens: Tensor | None,
-    return_entropy: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    def total(values: Tensor) -> Tensor:
-        return values.sum(-1) if cu_seqlens is None else sequence_sum(values.flatten(), cu_seqlens)
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, TokenStatistics]:
+    if cu_seqlens is not None:
+        labels = labels.flatten()
 
-    count = total((labels != ignore_index).to(logps.dtype)).clamp(min=1) if average else None
-    reduced = [
-        total(values) if count is None else total(values) / count for values in (logps, entropy)[: 1 + return_entropy]
-    ]
-    return (reduced[0], reduced[1]) if return_entropy else reduced[0]
+    def total(values: Tensor) -> Tensor:
+        return torch.ops.robustloss.sequence_sum(values.view(labels.shape), labels, cu_seqlens, ignore_index, average)[
+            0
+        ]
+
+    reduced = [total(values) for values in statistics]
+    if not reduced:
+        return total(logps)
+    return (total(logps), TokenStatistics(*reduced)) if len(reduced) == 3 else (total(logps), reduced[0])

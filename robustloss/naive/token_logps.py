@@ -1,4 +1,4 @@
-r"""Log-probability of each label under the softmax of its logits.
+r"""Log-probability of each label under the softmax of its logits, and statistics of that softmax.
 
 .. math:: \log p_t = z_{t, y_t} - \log \sum_v e^{z_{t, v}}, \qquad z = \text{logits} / \text{temperature}
 
@@ -14,6 +14,11 @@ from torch import Tensor
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums over the vocabulary are float32, or float64 for float64 input."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def soft_cap(logits: Tensor, softcap: float | None) -> Tensor:
+    r"""Gemma's soft cap, :math:`c \tanh(x / c)`; None is no cap."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def token_logps(
@@ -45,3 +50,25 @@ def token_entropy(
     probabilities = log_probabilities.exp()
     entropy = -torch.where(probabilities != 0, probabilities * log_probabilities, 0.0).sum(-1)
     return torch.where(labels != ignore_index, entropy, 0.0)
+
+
+def token_top1(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    ignore_index: int = -100,
+) -> Tensor:  # [...]
+    """1 where no token has a larger logit than the label, else 0; and 0 where the label is `ignore_index`."""
+    counted = labels != ignore_index
+    picked = logits.gather(-1, torch.where(counted, labels, 0).long().unsqueeze(-1)).squeeze(-1)
+    return (counted & (picked == logits.amax(-1))).to(statistics_dtype(logits.dtype))
+
+
+def token_mean_logit(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    ignore_index: int = -100,
+) -> Tensor:  # [...]
+    """Mean logit over the vocabulary, before the temperature; 0 where the label is `ignore_index`."""
+    return torch.where(labels != ignore_index, logits.to(statistics_dtype(logits.dtype)).mean(-1), 0.0)

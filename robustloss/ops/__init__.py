@@ -1,5 +1,21 @@
 """One file per op: schema, fake, autograd and device dispatch. Importing this registers them all."""
 
-from robustloss.ops import linear_token_logps, sequence_sum, token_logps
+from robustloss.ops import (
+    frozen_linear_token_logps,
+    linear_token_logps,
+    linear_token_logps_with_gradient,
+    sequence_sum,
+    token_logps,
+    token_logratios,
+    trainable_linear_token_logps,
+)
 
-__all__ = ["linear_token_logps", "sequence_sum", "token_logps"]
+__all__ = [
+    "frozen_linear_token_logps",
+    "linear_token_logps",
+    "linear_token_logps_with_gradient",
+    "sequence_sum",
+    "token_logps",
+    "token_logratios",
+    "trainable_linear_token_logps",
+]

@@ -1,13 +1,14 @@
 """A causal language model and a loss as one module: `LossModule(model, loss).forward(batch) -> loss`.
 
 This is the unit that DeepSpeed (or DDP, or FSDP) wraps, because a loss that differentiates a gradient (WDPO) is wrong
-or refused outside of the wrapper. The model's output head is skipped: the last hidden states and the head's weight go
-to `linear_sequence_logps`, which never holds the [tokens, vocabulary] logits.
+or refused outside of the wrapper. The model's output head is skipped: the last hidden states and the head's weight (and
+LoRA adapter) go to `linear_sequence_logps`, which never holds the [tokens, vocabulary] logits.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
@@ -54,18 +55,18 @@ class LossModule(nn.Module):
         self._parts = (causal_lm.get_decoder(), causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings())
         # The transforms of the logits that are known; check_head refuses a model that has another one.
         self._softcap = getattr(text_config, "final_logit_softcapping", None)
-        self._temperature = float(getattr(text_config, "logits_scaling", None) or 1.0)  # Granite divides
-        self._temperature /= float(getattr(text_config, "logit_scale", None) or 1.0)  # Cohere multiplies
+        self._logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)  # Cohere multiplies
+        self._logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)  # Granite divides
 
         head = self._parts[1]
-        self._fused_head = type(head) is nn.Linear
-        if not self._fused_head:
+        if not (type(head) is nn.Linear or _is_plain_lora(head)):
             logger.info("the output head is a %s, so its logits are computed in full", type(head).__name__)
-        elif hasattr(head.weight, "ds_id"):
-            # ZeRO-3 gathers a parameter for its own module's forward; here it is used outside of it.
-            import deepspeed
+        for parameter in _used_outside(head):
+            if hasattr(parameter, "ds_id"):
+                # ZeRO-3 gathers a parameter for its own module's forward; here it is used outside of it.
+                import deepspeed
 
-            deepspeed.zero.register_external_parameter(self, head.weight)
+                deepspeed.zero.register_external_parameter(self, parameter)
 
     def forward(self, batch: dict[str, Tensor], output: str = "loss") -> Tensor | dict[str, Tensor]:
         """The loss (output="loss"), or log-probabilities by name: the policy's ("logps"), or those of the base model
@@ -125,22 +126,53 @@ class LossModule(nn.Module):
                 embeddings.requires_grad_()
             inputs = {"inputs_embeds": embeddings}
         hidden = decoder(**inputs, attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
-        if self._fused_head:
-            logps = linear_sequence_logps(
-                hidden,
-                head.weight,
-                batch["labels"],
-                bias=head.bias,
-                softcap=self._softcap,
-                temperature=self._temperature,
-                shift=True,
-            )
+        linear = _as_linear(head, hidden)
+        if linear is not None:
+            options = {"softcap": self._softcap, "logit_scale": self._logit_scale, "shift": True}
+            logps = linear_sequence_logps(hidden, labels=batch["labels"], **linear, **options)
         else:
             logits = head(hidden)
             if self._softcap is not None:
                 logits = self._softcap * torch.tanh(logits / self._softcap)
-            logps = sequence_logps(logits, batch["labels"], temperature=self._temperature, shift=True)
+            logps = sequence_logps(logits, batch["labels"], temperature=1 / self._logit_scale, shift=True)
         return cast(Tensor, logps), embeddings  # without return_entropy it is one tensor
+
+
+def _is_plain_lora(head: nn.Module) -> bool:
+    """Whether the head is peft's Linear over an ordinary one, its adapters a sum of products (DoRA's are not)."""
+    peft: Any = sys.modules.get("peft")
+    if peft is None or type(head) is not peft.tuners.lora.Linear:
+        return False
+    layer: Any = head
+    biased = any(adapter.bias is not None for adapter in layer.lora_B.values())
+    return type(layer.base_layer) is nn.Linear and not layer.lora_variant and not biased
+
+
+def _used_outside(head: Any) -> list[Tensor]:
+    """The head's parameters that `linear_sequence_logps` takes without calling their module."""
+    if type(head) is nn.Linear:
+        return [head.weight] if head.bias is None else [head.weight, head.bias]
+    if _is_plain_lora(head):
+        return [*_used_outside(head.base_layer), *(adapter.weight for adapter in head.lora_B.values())]
+    return []
+
+
+def _as_linear(head: Any, hidden: Tensor) -> dict[str, Any] | None:
+    """weight, bias and adapter, as `linear_sequence_logps` takes them; None of a head that it cannot be told of."""
+    if type(head) is nn.Linear:
+        return {"weight": head.weight, "bias": head.bias}
+    if not _is_plain_lora(head) or (head.merged and head.disable_adapters):  # peft takes the merged one out again
+        return None
+    base = {"weight": head.base_layer.weight, "bias": head.base_layer.bias}
+    names = [name for name in head.active_adapters if name in head.lora_A]
+    if head.disable_adapters or head.merged or not names:
+        return base
+    inputs = [
+        head.scaling[name] * head.lora_A[name](head.lora_dropout[name](hidden.to(head.lora_A[name].weight.dtype)))
+        for name in names
+    ]
+    adapter = torch.cat(inputs, -1), torch.cat([head.lora_B[name].weight for name in names], -1)
+    return {**base, "adapter": tuple(value.to(hidden.dtype) for value in adapter)}
 
 
 @torch.no_grad()

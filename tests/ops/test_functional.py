@@ -121,6 +121,25 @@ def test_entropy_is_that_of_the_tempered_distribution_and_carries_no_gradient(la
     assert torch.equal(logps, functional.sequence_logps(logits, labels, **options))
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_statistics_are_the_naive_ones_of_each_token_and_their_sums(labels, average):
+    logits = make_logits()
+    naive_tokens = naive.token_logps
+    expected = [
+        naive_tokens.token_entropy(logits / 0.5, labels),
+        naive_tokens.token_top1(logits, labels),
+        naive_tokens.token_mean_logit(logits, labels),
+    ]
+    logps, statistics = functional.token_logps(logits, labels, temperature=0.5, return_statistics=True)
+    assert torch.equal(logps, functional.token_logps(logits, labels, temperature=0.5))
+    torch.testing.assert_close(list(statistics), expected, rtol=1e-12, atol=1e-12)
+    assert not any(value.requires_grad for value in statistics)
+    _, reduced = functional.sequence_logps(logits, labels, temperature=0.5, average=average, return_statistics=True)
+    counts = (labels != -100).sum(-1).clamp(min=1) if average else 1
+    for value, tokens in zip(reduced, expected, strict=True):
+        torch.testing.assert_close(value, tokens.sum(-1) / counts, rtol=1e-12, atol=1e-12)
+
+
 def test_strided_logits_need_no_copy_and_give_the_same(labels):
     logits = make_logits().detach()
     transposed = logits.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
@@ -227,26 +246,14 @@ def test_masked_tokens_are_dropped_before_the_matmul(labels):
 
 
 def test_no_tensor_of_all_tokens_times_vocabulary_is_ever_held():
+    vocabulary = 4000
     hidden = torch.randn(4, 64, 8, requires_grad=True)
-    weight = torch.randn(500, 8, requires_grad=True)
-    labels = torch.randint(0, 500, (4, 64))
+    weight = torch.randn(vocabulary, 8, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (4, 64))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         functional.linear_sequence_logps(hidden, weight, labels, chunk_size=16).sum().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events()) // 4
-    assert 16 * 500 <= largest < 4 * 64 * 500 / 4
-
-
-def test_bfloat16_weight_gradients_are_accumulated_in_float32():
-    torch.manual_seed(0)
-    hidden = torch.randn(1, 512, 4).bfloat16().requires_grad_()
-    weight = torch.randn(8, 4).bfloat16().requires_grad_()
-    labels = torch.randint(0, 8, (1, 512))
-    functional.linear_sequence_logps(hidden, weight, labels, chunk_size=1).sum().backward()
-    in_one_chunk = torch.autograd.grad(
-        functional.linear_sequence_logps(hidden, weight, labels, chunk_size=512).sum(), weight
-    )[0]
-    # One rounding to bfloat16 at the end: chunking changes nothing beyond the last bit.
-    torch.testing.assert_close(weight.grad, in_one_chunk, rtol=2**-7, atol=1e-3)
+    assert 16 * vocabulary <= largest < 4 * 64 * vocabulary / 4
 
 
 def test_autocast_casts_the_head_and_returns_float32(labels):
@@ -269,11 +276,28 @@ def test_logratios_are_differences_whose_gradient_reaches_the_policy_only(labels
     expected = functional.sequence_logps(policy, labels, shift=True) - functional.sequence_logps(
         ref, labels, shift=True
     )
-    assert torch.equal(ratios, expected)
+    torch.testing.assert_close(ratios, expected, rtol=1e-12, atol=1e-12)
     ratios.sum().backward()
     assert ref.grad is None
     assert policy.grad.abs().sum() > 0
     assert gradgradcheck(lambda x: functional.sequence_logratios(x, ref, labels), policy)
+
+
+def test_inplace_backward_of_logratios_overwrites_the_policys_logits(labels):
+    leaf, ref = make_logits(), (make_logits() + 1).sin().detach()
+    functional.sequence_logratios(leaf, ref, labels).square().sum().backward()
+    source, kept = make_logits(), ref.clone()
+    policy = source * 1
+    functional.sequence_logratios(policy, ref, labels, inplace_backward=True).square().sum().backward()
+    assert torch.equal(source.grad, leaf.grad)
+    assert torch.equal(policy, leaf.grad)
+    assert torch.equal(ref, kept)
+
+
+def test_logratios_of_two_dtypes(labels):
+    policy, ref = make_logits(torch.float32), make_logits(torch.bfloat16).detach()
+    expected = functional.sequence_logps(policy, labels) - functional.sequence_logps(ref, labels)
+    torch.testing.assert_close(functional.sequence_logratios(policy, ref, labels), expected)
 
 
 def test_linear_logratios_of_models_of_different_width(labels):
@@ -387,7 +411,17 @@ def test_bad_heads_are_named(labels):
     with pytest.raises(ValueError, match="ref_weight must have policy_weight's 11 rows, got 10"):
         functional.linear_sequence_logratios(hidden, weight, hidden, weight[1:], labels)
     with pytest.raises(TypeError, match="log-ratio has no entropy"):
-        functional.sequence_logratios(make_logits(), make_logits(), labels, return_entropy=True)
+        functional.linear_sequence_logratios(hidden, weight, hidden, weight, labels, return_entropy=True)
+    with pytest.raises(ValueError, match=r"adapter\[1\] must have shape \(11, 2\)"):
+        functional.linear_sequence_logps(hidden, weight, labels, adapter=(hidden[..., :2], weight[:, :3]))
+    with pytest.raises(ValueError, match="logit_scale must be > 0"):
+        functional.linear_sequence_logps(hidden, weight, labels, logit_scale=0.0)
+    with pytest.raises(ValueError, match="vocabulary_start is 3, but without a process_group"):
+        functional.linear_sequence_logps(hidden, weight, labels, vocabulary_start=3)
+    with pytest.raises(ValueError, match=r"cotangent must have shape \(3,\)"):
+        functional.linear_sequence_logps_with_cotangent(hidden, weight, labels, torch.ones(2))
+    with pytest.raises(ValueError, match="return_entropy and return_statistics are both True"):
+        functional.linear_sequence_logps(hidden, weight, labels, return_entropy=True, return_statistics=True)
 
 
 def test_int32_labels_are_taken(labels):

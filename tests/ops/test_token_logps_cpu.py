@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import robustloss.ops  # noqa: F401  (registers the op)
-from robustloss.naive.token_logps import token_entropy, token_logps
+from robustloss.naive.token_logps import soft_cap, token_entropy, token_logps, token_mean_logit, token_top1
 from robustloss.ops._library import HAS_EXTENSION
 
 pytestmark = pytest.mark.skipif(not HAS_EXTENSION, reason="robustloss was installed without its C++ extension")
@@ -36,32 +36,61 @@ def sample(shape: tuple[int, int, int], dtype: torch.dtype = torch.float64, scal
     return logits, labels
 
 
-def oracle(logits: torch.Tensor, labels: torch.Tensor, grad_logps: torch.Tensor, temperature: float):
-    """Log-probabilities, entropy and the gradient of <grad_logps, logps> in float64."""
+def forward(logits, labels, ignore_index, temperature, softcap=None):
+    """logps, lse and entropy."""
+    logps, lse, statistics = OP.token_logps(logits, labels, ignore_index, temperature, softcap, 1)
+    return logps, lse, statistics[0]
+
+
+def oracle(logits: torch.Tensor, labels: torch.Tensor, grad_logps: torch.Tensor, temperature: float, softcap=None):
+    """Log-probabilities, statistics and the gradient of <grad_logps, logps> in float64."""
     exact = logits.detach().double().requires_grad_()
-    logps = token_logps(exact, labels, temperature=temperature)
+    capped = soft_cap(exact, softcap)
+    logps = token_logps(capped, labels, temperature=temperature)
     (grad,) = torch.autograd.grad(logps, exact, grad_logps.double())
-    return logps.detach(), token_entropy(exact.detach(), labels, temperature=temperature), grad
+    capped = capped.detach()
+    statistics = [
+        token_entropy(capped, labels, temperature=temperature),
+        token_top1(exact.detach(), labels),
+        token_mean_logit(capped, labels),
+    ]
+    return logps.detach(), torch.stack(statistics), grad
 
 
-def assert_agrees_with_naive(logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> None:
+def assert_agrees_with_naive(
+    logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, softcap: float | None = None
+) -> None:
     rtol, grad_rtol = TOLERANCES[logits.dtype]
-    logps, lse, entropy = OP.token_logps(logits, labels, IGNORE, temperature, True)
-    assert logps.dtype == lse.dtype == entropy.dtype
+    logps, lse, statistics = OP.token_logps(logits, labels, IGNORE, temperature, softcap, 3)
+    assert logps.dtype == lse.dtype == statistics.dtype
     assert logps.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
     grad_logps = torch.linspace(-2, 2, labels.numel(), dtype=logps.dtype).view(labels.shape)
-    grad = OP.token_logps_bwd(grad_logps, logits, labels, lse, IGNORE, temperature)
+    options = (IGNORE, temperature, softcap)
+    grad = OP.token_logps_bwd(grad_logps, logits, labels, lse, *options)
     assert grad.dtype == logits.dtype
     assert grad.is_contiguous()
 
-    exact_logps, exact_entropy, exact_grad = oracle(logits, labels, grad_logps, temperature)
+    exact_logps, exact_statistics, exact_grad = oracle(logits, labels, grad_logps, temperature, softcap)
     torch.testing.assert_close(logps.double(), exact_logps, rtol=rtol, atol=rtol)
-    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=rtol, atol=rtol)
+    torch.testing.assert_close(statistics.double(), exact_statistics, rtol=rtol, atol=rtol)
     torch.testing.assert_close(grad.double(), exact_grad, rtol=grad_rtol, atol=rtol)
 
+    # Fewer statistics change nothing, and the first is the same.
+    for n_statistics in (0, 1):
+        fewer = OP.token_logps(logits, labels, *options, n_statistics)
+        torch.testing.assert_close(fewer[0], logps, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(fewer[2], statistics[:n_statistics], rtol=1e-6, atol=1e-6)
+
     overwritten = logits.clone()  # keeps the strides of a permuted tensor
-    OP.token_logps_bwd_(grad_logps, overwritten, labels, lse, IGNORE, temperature)
+    OP.token_logps_bwd_out(grad_logps, overwritten, labels, lse, *options, 0, overwritten)
     assert torch.equal(overwritten, grad)
+
+    # Tiles of the vocabulary, out of place into poisoned memory.
+    poisoned = torch.full_like(grad, math.nan)
+    for start in range(0, logits.shape[-1], 700):
+        tile = slice(start, start + 700)
+        OP.token_logps_bwd_out(grad_logps, logits[..., tile], labels, lse, *options, start, poisoned[..., tile])
+    torch.testing.assert_close(poisoned, grad, rtol=grad_rtol, atol=1e-6)
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -73,6 +102,27 @@ def assert_agrees_with_naive(logits: torch.Tensor, labels: torch.Tensor, tempera
 @pytest.mark.parametrize("V", [1, 7, 16, 33, 1023, 1024, 1025, 5003])
 def test_values_and_gradients_are_those_of_naive(V, temperature, dtype):
     assert_agrees_with_naive(*sample((2, 5, V), dtype), temperature)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("softcap", [1.5, 30.0])
+@pytest.mark.parametrize("V", [1, 33, 1025, 2051])
+def test_soft_capped_values_and_gradients_are_those_of_naive(V, softcap, dtype):
+    logits, labels = sample((2, 5, V), dtype)
+    assert_agrees_with_naive(logits, labels, 0.7, softcap)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_extreme_temperatures(temperature):
+    logits, labels = sample((2, 5, 1500), torch.float32)
+    logps, lse, entropy = forward(logits, labels, IGNORE, temperature)
+    ones = torch.ones(2, 5)
+    exact_logps, exact_statistics, exact_grad = oracle(logits, labels, ones, temperature)
+    torch.testing.assert_close(logps.double(), exact_logps, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), exact_statistics[0], rtol=1e-5, atol=1e-5)
+    grad = OP.token_logps_bwd(ones, logits, labels, lse, IGNORE, temperature, None)
+    # Differences of a few units in 3000 are taken of numbers that are rounded in the last place.
+    torch.testing.assert_close(grad.double() * temperature, exact_grad * temperature, rtol=3e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("ascending", [True, False])
@@ -88,31 +138,31 @@ def test_no_rows_give_empty_results(shape):
 
 def test_a_vocabulary_of_one_has_probability_one_and_no_gradient():
     logits, labels = sample((2, 3, 1), torch.float32, ignored=0)
-    logps, lse, entropy = OP.token_logps(logits, labels, IGNORE, 1.0, True)
+    logps, lse, entropy = forward(logits, labels, IGNORE, 1.0)
     assert torch.equal(logps, torch.zeros(2, 3))
     assert torch.equal(entropy, torch.zeros(2, 3))
-    assert torch.equal(OP.token_logps_bwd(torch.ones(2, 3), logits, labels, lse, IGNORE, 1.0), torch.zeros(2, 3, 1))
+    assert torch.equal(
+        OP.token_logps_bwd(torch.ones(2, 3), logits, labels, lse, IGNORE, 1.0, None), torch.zeros(2, 3, 1)
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e4, -1e4])
 def test_equal_logits_are_the_uniform_distribution(value, dtype):
     V = 3001
-    logps, _, entropy = OP.token_logps(
-        torch.full((1, 2, V), value, dtype=dtype), torch.tensor([[0, V - 1]]), IGNORE, 1.0, True
-    )
+    logps, _, entropy = forward(torch.full((1, 2, V), value, dtype=dtype), torch.tensor([[0, V - 1]]), IGNORE, 1.0)
     torch.testing.assert_close(logps, torch.full_like(logps, -math.log(V)), rtol=1e-6, atol=0)
     torch.testing.assert_close(entropy, torch.full_like(logps, math.log(V)), rtol=1e-6, atol=0)
 
 
 def test_logits_of_magnitude_ten_thousand_keep_their_digits():
     logits, labels = sample((2, 6, 3001), torch.float32, scale=1e4)
-    logps, lse, _ = OP.token_logps(logits, labels, IGNORE, 1.0, False)
+    logps, lse, _ = forward(logits, labels, IGNORE, 1.0)
     exact_logps, _, exact_grad = oracle(logits, labels, torch.ones(2, 6), 1.0)
     torch.testing.assert_close(logps.double(), exact_logps, rtol=1e-6, atol=1e-6)
-    # The log-sum-exp handed over in float32 is known to half a unit in its last place, 2e-3 at 4e4.
-    grad = OP.token_logps_bwd(torch.ones(2, 6), logits, labels, lse, IGNORE, 1.0)
-    torch.testing.assert_close(grad.double(), exact_grad, rtol=0, atol=2e-3)
+    # The log-sum-exp in one float32 would be known to half a unit in its last place, 2e-3 at 4e4.
+    grad = OP.token_logps_bwd(torch.ones(2, 6), logits, labels, lse, IGNORE, 1.0, None)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=0, atol=1e-5)
 
 
 def test_logits_at_the_ends_of_float32_do_not_overflow():
@@ -120,7 +170,7 @@ def test_logits_at_the_ends_of_float32_do_not_overflow():
     logits[0, 0, :2000], logits[0, 0, -1] = -3e38, 3e38
     logits[0, 1, 0], logits[0, 1, 1:] = 3e38, -3e38
     labels = torch.tensor([[2999, 0]])
-    logps, _, entropy = OP.token_logps(logits, labels, IGNORE, 1.0, True)
+    logps, _, entropy = forward(logits, labels, IGNORE, 1.0)
     assert torch.equal(logps, torch.zeros(1, 2))
     assert torch.equal(entropy, torch.zeros(1, 2))
 
@@ -130,10 +180,10 @@ def test_tokens_of_logit_minus_infinity_cannot_occur():
     logits[:, :, 100:2900] = -math.inf  # whole blocks of them
     labels[labels >= 100] = 2950
     labels[0, 0] = 500
-    logps, lse, entropy = OP.token_logps(logits, labels, IGNORE, 1.0, True)
+    logps, lse, entropy = forward(logits, labels, IGNORE, 1.0)
     assert logps[0, 0] == -math.inf
     assert entropy.isfinite().all()
-    grad = OP.token_logps_bwd(torch.ones(2, 4), logits, labels, lse, IGNORE, 1.0)
+    grad = OP.token_logps_bwd(torch.ones(2, 4), logits, labels, lse, IGNORE, 1.0, None)
     assert torch.equal(grad[1, :, 100:2900], torch.zeros(4, 2800))
     logits, labels = logits[1:], labels[1:]
     assert_agrees_with_naive(logits, labels)
@@ -145,27 +195,27 @@ def test_tokens_of_logit_minus_infinity_cannot_occur():
 def test_nan_or_plus_infinity_spoils_its_row_and_no_other(where, bad, dtype):
     logits, labels = sample((1, 3, 3000), dtype, ignored=0)
     logits[0, 1, where] = bad
-    logps, lse, entropy = OP.token_logps(logits, labels, IGNORE, 1.0, True)
-    grad = OP.token_logps_bwd(torch.ones_like(logps), logits, labels, lse, IGNORE, 1.0)
-    for tensor in (logps, lse, entropy, grad):
+    logps, lse, entropy = forward(logits, labels, IGNORE, 1.0)
+    grad = OP.token_logps_bwd(torch.ones_like(logps), logits, labels, lse, IGNORE, 1.0, None)
+    for tensor in (logps, *lse, entropy, grad):
         assert tensor[0, 1].isnan().all()
         assert tensor[0, [0, 2]].isfinite().all()
 
 
 def test_a_row_of_minus_infinity_is_nan_as_in_torch():
     logits, labels = torch.full((1, 1, 2000), -math.inf), torch.tensor([[3]])
-    logps, lse, _ = OP.token_logps(logits, labels, IGNORE, 1.0, False)
+    logps, lse, _ = forward(logits, labels, IGNORE, 1.0)
     assert logps.isnan().all()
-    assert torch.equal(lse, logits.logsumexp(-1))
-    assert OP.token_logps_bwd(torch.ones(1, 1), logits, labels, lse, IGNORE, 1.0).isnan().all()
+    assert lse[0] == -math.inf
+    assert OP.token_logps_bwd(torch.ones(1, 1), logits, labels, lse, IGNORE, 1.0, None).isnan().all()
 
 
 def test_the_target_is_subtracted_before_rounding_to_bfloat16():
     # Here p of the target rounds to 1 in bfloat16, so p - 1 after rounding would be 0.
     logits = torch.tensor([[[9.0, 0.0, 0.0, 0.0]]], dtype=torch.bfloat16)
     labels = torch.tensor([[0]])
-    _, lse, _ = OP.token_logps(logits, labels, IGNORE, 1.0, False)
-    grad = OP.token_logps_bwd(torch.ones(1, 1), logits, labels, lse, IGNORE, 1.0)
+    _, lse, _ = forward(logits, labels, IGNORE, 1.0)
+    grad = OP.token_logps_bwd(torch.ones(1, 1), logits, labels, lse, IGNORE, 1.0, None)
     exact = 3 * math.exp(-9) / (1 + 3 * math.exp(-9))
     assert grad[0, 0, 0].item() == pytest.approx(exact, rel=2**-8)
 
@@ -176,9 +226,9 @@ def test_the_target_is_subtracted_before_rounding_to_bfloat16():
 def test_ignored_rows_are_neither_read_nor_given_a_gradient():
     logits, labels = sample((3, 8, 600), torch.float32)
     logits[labels == IGNORE] = math.nan
-    logps, lse, entropy = OP.token_logps(logits, labels, IGNORE, 1.0, True)
-    grad = OP.token_logps_bwd(torch.ones(3, 8), logits, labels, lse, IGNORE, 1.0)
-    for tensor in (logps, lse, entropy, grad):
+    logps, lse, entropy = forward(logits, labels, IGNORE, 1.0)
+    grad = OP.token_logps_bwd(torch.ones(3, 8), logits, labels, lse, IGNORE, 1.0, None)
+    for tensor in (logps, *lse, entropy, grad):
         assert torch.equal(tensor[labels == IGNORE], torch.zeros_like(tensor[labels == IGNORE]))
         assert tensor.isfinite().all()
 
@@ -187,8 +237,8 @@ def test_every_element_of_the_results_is_written():
     logits, labels = sample((2, 7, 1030), torch.float32)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     try:
-        logps, lse, entropy = OP.token_logps(logits, labels, IGNORE, 1.0, True)
-        grad = OP.token_logps_bwd(torch.ones(2, 7), logits, labels, lse, IGNORE, 1.0)
+        logps, lse, entropy = forward(logits, labels, IGNORE, 1.0)
+        grad = OP.token_logps_bwd(torch.ones(2, 7), logits, labels, lse, IGNORE, 1.0, None)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(tensor.isfinite().all() for tensor in (logps, lse, entropy, grad))
@@ -197,7 +247,7 @@ def test_every_element_of_the_results_is_written():
 def test_ignore_index_may_be_a_token():
     logits, labels = sample((2, 5, 11), ignored=0)
     labels[0, :3] = 4
-    logps, _, _ = OP.token_logps(logits, labels, 4, 1.0, False)
+    logps, _, _ = forward(logits, labels, 4, 1.0)
     torch.testing.assert_close(logps, token_logps(logits, labels, ignore_index=4))
     assert torch.equal(logps[0, :3], torch.zeros(3, dtype=torch.float64))
 
@@ -209,7 +259,7 @@ def test_rows_beyond_two_to_the_31_elements_are_found():
     row, target = sample((1, 1, V), torch.bfloat16, ignored=0)
     logits[-1], labels[-1] = row[0], target[0]
     logits[1], labels[1] = 0, 0
-    logps, _, _ = OP.token_logps(logits, labels, IGNORE, 1.0, False)
+    logps, _, _ = forward(logits, labels, IGNORE, 1.0)
     torch.testing.assert_close(logps[-1:], token_logps(row, target), rtol=1e-5, atol=0)
     assert logps[1].item() == pytest.approx(-math.log(V))
     assert logps.count_nonzero() == 2
@@ -238,9 +288,9 @@ def test_in_place_backward_writes_through_the_strides_and_nowhere_else():
     base, labels = sample((3, 6, 300), torch.float32)
     logits, labels = base[:, :-1], labels[:, :-1].contiguous()
     last = base[:, -1].clone()
-    _, lse, _ = OP.token_logps(logits, labels, IGNORE, 1.0, False)
-    grad = OP.token_logps_bwd(torch.ones(3, 5), logits, labels, lse, IGNORE, 1.0)
-    OP.token_logps_bwd_(torch.ones(3, 5), logits, labels, lse, IGNORE, 1.0)
+    _, lse, _ = forward(logits, labels, IGNORE, 1.0)
+    grad = OP.token_logps_bwd(torch.ones(3, 5), logits, labels, lse, IGNORE, 1.0, None)
+    OP.token_logps_bwd_out(torch.ones(3, 5), logits, labels, lse, IGNORE, 1.0, None, 0, logits)
     assert torch.equal(base[:, :-1], grad)
     assert torch.equal(base[:, -1], last)
 
@@ -249,22 +299,24 @@ def test_in_place_backward_refuses_logits_that_share_memory():
     logits, labels = sample((1, 3, 8), torch.float32, ignored=0)
     logits, labels = logits.expand(2, -1, -1), labels.repeat(2, 1)
     with pytest.raises(RuntimeError, match="single memory location"):
-        OP.token_logps_bwd_(torch.ones(2, 3), logits, labels, torch.zeros(2, 3), IGNORE, 1.0)
+        OP.token_logps_bwd_out(torch.ones(2, 3), logits, labels, torch.zeros(2, 2, 3), IGNORE, 1.0, None, 0, logits)
 
 
 @pytest.mark.parametrize("shape", [(), (3, 1), (1, 6)])
 def test_the_incoming_gradient_may_be_expanded(shape):
     logits, labels = sample((3, 6, 50), torch.float32)
-    _, lse, _ = OP.token_logps(logits, labels, IGNORE, 1.0, False)
+    _, lse, _ = forward(logits, labels, IGNORE, 1.0)
     expanded = torch.linspace(1, 2, math.prod(shape)).view(shape).expand(3, 6)
-    grads = [OP.token_logps_bwd(grad, logits, labels, lse, IGNORE, 1.0) for grad in (expanded, expanded.contiguous())]
+    grads = [
+        OP.token_logps_bwd(grad, logits, labels, lse, IGNORE, 1.0, None) for grad in (expanded, expanded.contiguous())
+    ]
     assert torch.equal(*grads)
 
 
 def test_logits_with_a_stride_in_the_vocabulary_are_refused():
     logits, labels = sample((2, 3, 8), torch.float32)
     with pytest.raises(ValueError, match="logits must have stride 1 along the vocabulary"):
-        OP.token_logps(logits.transpose(1, 2).contiguous().transpose(1, 2), labels, IGNORE, 1.0, False)
+        forward(logits.transpose(1, 2).contiguous().transpose(1, 2), labels, IGNORE, 1.0)
 
 
 @pytest.mark.parametrize("label", [50, -1, -101, 2**40])
@@ -273,21 +325,20 @@ def test_a_label_outside_the_vocabulary_is_named(label):
     labels[2, 1] = label
     message = rf"labels\[2, 1\] is {label}, but must be in \[0, 50\)"
     with pytest.raises(ValueError, match=message):
-        OP.token_logps(logits, labels, IGNORE, 1.0, False)
-    with pytest.raises(ValueError, match=message):
-        OP.token_logps_bwd(torch.ones(3, 4), logits, labels, torch.zeros(3, 4), IGNORE, 1.0)
+        forward(logits, labels, IGNORE, 1.0)
 
 
 # ---- derivatives ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_first_and_second_derivatives_are_those_of_finite_differences(temperature):
+def test_first_and_second_derivatives_are_those_of_finite_differences(temperature, softcap):
     logits, labels = sample((2, 3, 9), scale=1.0)
     assert (labels == IGNORE).any()
 
     def logps(logits):
-        return OP.token_logps(logits, labels, IGNORE, temperature, False)[0]
+        return forward(logits, labels, IGNORE, temperature, softcap)[0]
 
     assert torch.autograd.gradcheck(logps, logits.requires_grad_())
     assert torch.autograd.gradgradcheck(logps, logits)
@@ -304,8 +355,8 @@ def test_the_same_bits_whatever_the_number_of_threads(dtype):
     try:
         for count in (1, 2, 2, 3):
             torch.set_num_threads(count)
-            logps, lse, entropy = OP.token_logps(logits, labels, IGNORE, 0.9, True)
-            grad = OP.token_logps_bwd(torch.ones(2, 40), logits, labels, lse, IGNORE, 0.9)
+            logps, lse, entropy = forward(logits, labels, IGNORE, 0.9)
+            grad = OP.token_logps_bwd(torch.ones(2, 40), logits, labels, lse, IGNORE, 0.9, None)
             results.append((logps, lse, entropy, grad))
     finally:
         torch.set_num_threads(threads)
@@ -328,6 +379,7 @@ assert torch.backends.cpu.get_cpu_capability() == {capability!r}
 for dtype in t.TOLERANCES:
     for V in (1, 33, 2051):
         t.assert_agrees_with_naive(*t.sample((2, 5, V), dtype), 0.6)
+        t.assert_agrees_with_naive(*t.sample((2, 5, V), dtype), 0.6, 5.0)
     t.test_nan_or_plus_infinity_spoils_its_row_and_no_other(1500, float("nan"), dtype)
 t.test_tokens_of_logit_minus_infinity_cannot_occur()
 """

@@ -198,6 +198,19 @@ def test_lora_leaves_the_merged_model_and_the_adapter(train, tiny):
             assert (merged(ids).logits - adapted(ids).logits).abs().max() > 1e-3
 
 
+def test_an_adapter_on_the_output_head_trains_the_same_when_its_parts_are_gathered(train, tiny):
+    """ZeRO-3 holds parameters in parts, and the head's are used outside of their modules."""
+    lora = {"lora": {"r": 4, "target_modules": ["lm_head", "q_proj"]}, "optimizer": {"learning_rate": 1e-2}}
+    losses = []
+    for stage in (0, 3):
+        run_dir = train(f"stage{stage}", model={"name_or_path": tiny.llama}, zero_stage=stage, **lora)
+        losses.append([row["loss"] for row in metrics_of(run_dir, "train")])
+        adapter = load_file(run_dir / "model" / "adapter" / "adapter_model.safetensors")
+        assert any("lm_head" in name and column.abs().max() > 0 for name, column in adapter.items() if "lora_B" in name)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
 def test_another_reference_model_gives_another_first_loss_and_no_warning(train, tiny, caplog):
     run_dir = train(reference={"name_or_path": tiny.llama})
     assert metrics_of(run_dir, "eval")[0]["loss"] != pytest.approx(math.log(2), abs=1e-3)

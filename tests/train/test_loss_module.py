@@ -111,14 +111,26 @@ def test_a_model_with_a_transform_of_its_own_is_refused():
         check_head(LossModule(model), model, make_batch())
 
 
-def test_a_lora_wrapped_head_computes_its_logits_and_says_so(caplog):
+def lora_head(**config):
     import peft
 
-    model = tiny_llama().double().eval()
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, **config)
+    return peft.get_peft_model(tiny_llama().double(), config).double()
+
+
+@pytest.mark.parametrize("form", ["one adapter", "two adapters", "merged", "dora"])
+def test_a_lora_wrapped_head_is_applied(form, caplog):
+    import peft
+
+    wrapped = lora_head(use_dora=form == "dora").eval()
+    if form == "two adapters":
+        wrapped.add_adapter("other", peft.LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False))
+        wrapped.double().base_model.set_adapter(["default", "other"])
+    elif form == "merged":
+        wrapped.merge_adapter()
     with caplog.at_level("INFO", logger="robustloss"):
-        module = LossModule(wrapped.double().eval())
-    assert "logits are computed in full" in caplog.text
+        module = LossModule(wrapped)
+    assert ("logits are computed in full" in caplog.text) == (form == "dora")
     batch = make_batch()
     ours = torch.cat(list(module(batch, output="logps").values()))
     torch.testing.assert_close(ours, naive_logps(wrapped, batch), rtol=1e-10, atol=1e-10)
@@ -126,6 +138,22 @@ def test_a_lora_wrapped_head_computes_its_logits_and_says_so(caplog):
     with wrapped.disable_adapter():
         torch.testing.assert_close(base, naive_logps(wrapped, batch), rtol=1e-10, atol=1e-10)
     assert (base - ours).abs().max() > 1e-3
+
+
+def test_a_lora_wrapped_head_is_trained_and_drops_out():
+    wrapped = lora_head(lora_dropout=0.5)
+    module, batch = LossModule(wrapped), make_batch()
+    losses = []
+    for logps in (
+        lambda: torch.cat(list(module(batch, output="logps").values())),
+        lambda: naive_logps(wrapped, batch),
+    ):
+        torch.manual_seed(0)  # of the dropout
+        losses.append(logps().square().sum())
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-10)
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    assert len(trained) == 2
+    torch.testing.assert_close(*[torch.autograd.grad(loss, trained) for loss in losses], rtol=1e-8, atol=1e-8)
 
 
 def with_reference(module, batch, shift=0.0):
