@@ -49,14 +49,15 @@ def _naive_forward(
     logps = naive.token_logps(capped, labels, ignore_index=ignore_index, temperature=temperature)
     scaled = capped / temperature
     largest = scaled.amax(-1)
-    lse = torch.stack([largest, (scaled - largest.unsqueeze(-1)).logsumexp(-1)])
+    shift = torch.where(largest == -float("inf"), 0.0, largest)  # (-inf) - (-inf) is no number
+    lse = torch.stack([largest, (scaled - shift.unsqueeze(-1)).logsumexp(-1)])
     lse = torch.where(labels != ignore_index, lse, 0.0)
     if n_statistics == 0:
         return logps, lse, logps.new_empty(0, *logps.shape)
     entropy = naive.token_entropy(capped, labels, ignore_index=ignore_index, temperature=temperature)
     if n_statistics == 1:
         return logps, lse, entropy.unsqueeze(0)
-    top1 = naive.token_top1(capped, labels, ignore_index=ignore_index)
+    top1 = naive.token_top1(logits, labels, ignore_index=ignore_index)  # the cap may round several logits to one
     mean_logit = naive.token_mean_logit(capped, labels, ignore_index=ignore_index)
     return logps, lse, torch.stack([entropy, top1, mean_logit])
 
