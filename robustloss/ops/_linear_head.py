@@ -39,13 +39,13 @@ class Options(NamedTuple):
     def tokens(self, weight: Tensor) -> int:
         """Tokens whose logits fit the workspace.
 
-        48 MiB on a CPU: a few hundred tokens, so that the BLAS packs the weight seldom, and an eighth of what eager
-        PyTorch holds for a thousand. 1/256 of a GPU's memory: thousands of tokens. Its memory, not what is free of it:
-        that differs from run to run, and with it would the order of summation and the last bits.
+        24 MiB on a CPU, which its cache holds, with tiles still wide enough for products at full speed. 1/256 of a
+        GPU's memory: thousands of tokens. Its memory, not what is free of it: that differs from run to run, and with
+        it would the order of summation and the last bits.
         """
         if self.chunk_size is not None:
             return self.chunk_size
-        total = 12 << 30
+        total = 6 << 30
         if weight.is_cuda:
             total = torch.cuda.get_device_properties(weight.device).total_memory
         return max(64, total // 256 // max(1, weight.shape[0] * weight.element_size()))
@@ -95,31 +95,37 @@ class Part(NamedTuple):
     size: int | Tensor  # of the part, in tokens of the vocabulary
 
 
-def merge(parts: list[Part]) -> Part:
-    """The same of the union of the parts. Not a difference of log-sum-exps: maxima and log-sums are merged apart, so
-    that large logits keep their digits."""
-    if len(parts) == 1:
-        return parts[0]
-    lses = torch.stack([part.lse for part in parts])  # [parts, 2, K]
+def log_shares(lses: Tensor) -> tuple[Tensor, Tensor]:  # of [parts, 2, K]: [2, K] and [parts, K]
+    """The log-sum-exp of the union, and the log of each part's share of its sum.
+
+    Maxima and log-sums are merged apart, so that large logits keep their digits.
+    """
     largest = lses[:, 0].amax(0)
     # A part that is all -inf weighs nothing, whatever its log-sum.
     log_weights = torch.where(lses[:, 0] == -float("inf"), -float("inf"), lses[:, 0] - largest + lses[:, 1])
     log_sum = log_weights.logsumexp(0)
-    logps = torch.full_like(largest, float("nan"))
+    return torch.stack([largest, log_sum]), log_weights - log_sum
+
+
+def merge(parts: list[Part]) -> Part:
+    """What is known from the union of the parts."""
+    if len(parts) == 1:
+        return parts[0]
+    lse, shares = log_shares(torch.stack([part.lse for part in parts]))
+    logps = torch.full_like(lse[0], float("nan"))
     statistics = torch.zeros_like(parts[0].statistics)
-    for part, log_weight in zip(parts, log_weights, strict=True):
-        log_share = log_weight - log_sum
+    for part, log_share in zip(parts, shares, strict=True):
         logps = torch.where(part.logps.isnan(), logps, part.logps + log_share)
         if len(statistics):
             share = log_share.exp()
             statistics[0] += torch.where(share > 0, share * (part.statistics[0] - log_share), 0.0)
         if len(statistics) > 1:
-            statistics[1] += torch.where(part.lse[0] == largest, part.statistics[1], 0.0)
+            statistics[1] += torch.where(part.lse[0] == lse[0], part.statistics[1], 0.0)
             statistics[2] += part.statistics[2] * part.size
     size = sum(part.size for part in parts)
     if len(statistics) > 1:
         statistics[2] /= size
-    return Part(logps, torch.stack([largest, log_sum]), statistics, size)
+    return Part(logps, lse, statistics, size)
 
 
 def tiles(n_vocabulary: int, width: int) -> Iterator[slice]:
@@ -143,6 +149,25 @@ def kept_tokens(head: Head, labels: Tensor, ignore_index: int) -> tuple[Tensor |
     return kept, head.of_tokens(kept), labels[kept]
 
 
+def tile_part(logits: Tensor, labels: Tensor, tile: slice, whole: bool, options: Options, n_statistics: int) -> Part:
+    """What a tile's logits say; `tile` is in the labels' count, and `whole` where it is the whole vocabulary."""
+    label = labels - tile.start
+    inside = (label >= 0) & (label < tile.stop - tile.start)
+    outputs = torch.ops.robustloss.token_logps(
+        logits.unsqueeze(0),
+        torch.where(inside, label, 0).unsqueeze(0),
+        EVERY_TOKEN,
+        *options[1:3],
+        n_statistics,
+    )
+    logps, lse, statistics = outputs[0][0], outputs[1][:, 0], outputs[2][:, 0]
+    if not whole:  # of a whole row that is -inf no softmax exists
+        logps = torch.where(lse[0] == -float("inf"), -float("inf"), logps)
+    if n_statistics > 1:
+        statistics[1] *= inside
+    return Part(torch.where(inside, logps, float("nan")), lse, statistics, tile.stop - tile.start)
+
+
 def statistics_of(
     head: Head,
     labels: Tensor,
@@ -156,18 +181,8 @@ def statistics_of(
     parts = []
     for tile in tiles(len(head.weight), width):
         logits = head.write_logits(tile, storage(tile))
-        label = labels - (vocabulary_start + tile.start)
-        inside = (label >= 0) & (label < tile.stop - tile.start)
-        label = torch.where(inside, label, 0)
-        logps, lse, statistics = torch.ops.robustloss.token_logps(
-            logits.unsqueeze(0), label.unsqueeze(0), EVERY_TOKEN, *options[1:3], n_statistics
-        )
-        logps, lse, statistics = logps[0], lse[:, 0], statistics[:, 0]
-        if tile.stop - tile.start < len(head.weight):  # of a whole row that is -inf no softmax exists
-            logps = torch.where(lse[0] == -float("inf"), -float("inf"), logps)
-        if n_statistics > 1:
-            statistics[1] *= inside
-        parts.append(Part(torch.where(inside, logps, float("nan")), lse, statistics, tile.stop - tile.start))
+        place = slice(vocabulary_start + tile.start, vocabulary_start + tile.stop)
+        parts.append(tile_part(logits, labels, place, width >= len(head.weight), options, n_statistics))
     return merge(parts)
 
 
@@ -179,6 +194,15 @@ def scatter(part: Part, kept: Tensor | slice, n_tokens: int) -> tuple[Tensor, Te
     for whole, value in zip(full, part[:3], strict=True):
         whole[..., kept] = value
     return full[0], full[1], full[2]
+
+
+def spread(values: Tensor, kept: Tensor | slice, n_tokens: int) -> Tensor:
+    """Rows of the counted tokens among all tokens' [N, .], 0 elsewhere."""
+    if isinstance(kept, slice):
+        return values
+    full = values.new_zeros(n_tokens, values.shape[1])
+    full[kept] = values
+    return full
 
 
 def workspace(head: Head, width: int) -> Callable[[slice], Tensor]:
@@ -234,6 +258,75 @@ def forward_waiting(
     return part, kept
 
 
+def forward_with_jacobian(
+    head: Head, labels: Tensor, options: Options, n_statistics: int
+) -> tuple[Part, Tensor | slice, Tensor]:
+    r"""The forward that also makes J = d logp / dh [K, H], in one pass over the vocabulary.
+
+    As in attention, an average under a softmax can be had by tiles: with p of a tile's own softmax and the tile's share
+    sigma of the whole, J = (sum_tiles sigma (1_y - p) s' W + (1 - sigma_y) s'_y W_y) / T, and earlier tiles' shares
+    shrink as later ones come. Nowhere is 1 - p taken of a p that is nearly 1.
+    """
+    kept, rows, kept_labels = kept_tokens(head, labels, options.ignore_index)
+    width = tile_width(len(kept_labels), rows, options)
+    storage = workspace(rows, width)
+    whole = width >= len(head.weight)
+    jacobian = torch.zeros(rows.hidden.shape, dtype=statistics_dtype(head.hidden.dtype), device=labels.device)
+    parts, so_far = [], None
+    for tile in tiles(len(head.weight), width):
+        logits = rows.write_logits(tile, storage(tile))
+        part = tile_part(logits, kept_labels, tile, whole, options, n_statistics)
+        parts.append(part)
+        share = torch.ones_like(part.logps)
+        if so_far is None:
+            so_far = part.lse
+        else:
+            so_far, shares = log_shares(torch.stack([so_far, part.lse]))
+            jacobian *= shares[0].exp().unsqueeze(-1)
+            share = shares[1].exp()
+        # A tile that is all -inf has the gradient 0 under any finite log-sum-exp, and no other.
+        lse = part.lse if whole else torch.where(part.lse[0] == -float("inf"), 0.0, part.lse)
+        row_gradient(share, logits, kept_labels, lse, options, tile.start, logits)
+        add_product(jacobian, logits, head.weight[tile])
+
+    if len(parts) > 1:
+        _, shares = log_shares(torch.stack([part.lse for part in parts]))
+        others = torch.zeros_like(parts[0].logps)
+        for part, log_share in zip(parts, shares, strict=True):
+            others = torch.where(part.logps.isnan(), others, -torch.expm1(log_share))
+        target = torch.where((kept_labels >= 0) & (kept_labels < len(head.weight)), kept_labels, 0)
+        slope = 1.0
+        if options.softcap is not None:
+            logit = torch.zeros_like(others) if head.bias is None else head.bias[target].to(others.dtype)
+            for _, left, right in rows.products:
+                logit = logit + (left * right[target]).sum(-1, dtype=jacobian.dtype)
+            slope = 1 - torch.tanh(logit / options.softcap).square()
+        jacobian.addcmul_(head.weight[target].to(jacobian.dtype), (others * slope / options.temperature).unsqueeze(-1))
+    return merge(parts), kept, jacobian
+
+
+def row_gradient(
+    grad_logps: Tensor,  # [K]
+    logits: Tensor,  # [K, tile]
+    labels: Tensor,  # [K]
+    lse: Tensor,  # [2, K]
+    options: Options,
+    vocabulary_start: int,
+    out: Tensor,  # [K, tile], possibly the logits
+) -> None:
+    """The gradient of a tile's logits."""
+    torch.ops.robustloss.token_logps_bwd_out(
+        grad_logps.unsqueeze(0),
+        logits.unsqueeze(0),
+        labels.unsqueeze(0),
+        lse.unsqueeze(1),
+        EVERY_TOKEN,
+        *options[1:3],
+        vocabulary_start,
+        out.unsqueeze(0),
+    )
+
+
 def backward(
     grad_logps: Tensor,
     head: Head,
@@ -269,15 +362,14 @@ def backward(
             rest = slice(n_waiting, n_tokens)
             logits.append((rest, others.write_logits(tile, gradient[rest])))
         for tokens, values in logits:
-            torch.ops.robustloss.token_logps_bwd_out(
-                upstream[tokens].unsqueeze(0),
-                values.unsqueeze(0),
-                kept_labels[tokens].unsqueeze(0),
-                kept_lse[:, None, tokens],
-                EVERY_TOKEN,
-                *options[1:3],
+            row_gradient(
+                upstream[tokens],
+                values,
+                kept_labels[tokens],
+                kept_lse[:, tokens],
+                options,
                 vocabulary_start + tile.start,
-                gradient[tokens].unsqueeze(0),
+                gradient[tokens],
             )
         for place, left, right in rows.products:
             if needs[place]:
@@ -289,12 +381,7 @@ def backward(
 
     for place, left, _ in head.products:
         if needs[place]:
-            value = gradients[place].to(left.dtype)
-            if not isinstance(kept, slice):
-                gradients[place] = torch.zeros_like(left)
-                gradients[place][kept] = value
-            else:
-                gradients[place] = value
+            gradients[place] = spread(gradients[place].to(left.dtype), kept, len(labels))
     return [gradients.get(place) for place in range(5)]
 
 
@@ -306,36 +393,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right  # CPU products of bfloat16 come rounded to it; their sum does not
-
-
-def token_chunks(head: Head, labels: Tensor, options: Options) -> Iterator[tuple[Tensor, Head, Tensor, Tensor]]:
-    """The counted tokens in even chunks: (where they are, their rows, their labels, their logits)."""
-    kept = (labels != options.ignore_index).nonzero().squeeze(-1)
-    if len(kept) == 0:
-        return
-    n_chunks = -(-len(kept) // options.tokens(head.weight))
-    chunks = kept.tensor_split(n_chunks)
-    room = head.hidden.new_empty(len(chunks[0]), len(head.weight))
-    for index in chunks:
-        rows = head.of_tokens(index)
-        yield index, rows, labels[index], rows.write_logits(slice(None), room[: len(index)])
-
-
-def chunk_gradient(
-    grad_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, options: Options
-) -> Tensor:  # [chunk, V]
-    """The gradient of a chunk's logits, written over them."""
-    torch.ops.robustloss.token_logps_bwd_out(
-        grad_logps.unsqueeze(0),
-        logits.unsqueeze(0),
-        labels.unsqueeze(0),
-        lse,
-        EVERY_TOKEN,
-        *options[1:3],
-        0,
-        logits.unsqueeze(0),
-    )
-    return logits
 
 
 def empty_statistics(hidden: Tensor, labels: Tensor, n_statistics: int) -> tuple[Tensor, Tensor, Tensor]:

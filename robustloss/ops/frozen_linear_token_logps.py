@@ -1,6 +1,6 @@
 r"""Op `frozen_linear_token_logps`: `linear_token_logps` where only the hidden states need a gradient (LoRA).
 
-While a chunk of tokens' logits are there, :math:`J_t = \partial \log p_t / \partial h_t` is made of them; the backward
+While a tile of logits is there, :math:`J_t = \partial \log p_t / \partial h_t` takes its part of them; the backward
 only scales its rows, :math:`dh_t = g_t J_t`. Nothing is computed twice: 4 N H V flops, and [N, H] kept. The second
 derivative is `linear_token_logps`'s.
 """
@@ -11,15 +11,15 @@ import torch
 
 from robustloss.ops._library import LIBRARY
 from robustloss.ops._linear_head import (
-    EVERY_TOKEN,
     HEAD,
     OPTIONS,
     Head,
     Options,
-    chunk_gradient,
     empty_statistics,
+    forward_with_jacobian,
+    scatter,
     second_derivative,
-    token_chunks,
+    spread,
 )
 
 LIBRARY.define(
@@ -33,16 +33,9 @@ LIBRARY.define(
 
 def _frozen_forward(hidden, weight, bias, adapter_hidden, adapter_weight, labels, *rest):
     *values, n_statistics = rest
-    head, options = Head(hidden, weight, bias, adapter_hidden, adapter_weight), Options(*values)
-    logps, lse, statistics = (value.zero_() for value in empty_statistics(hidden, labels, n_statistics))
-    jacobian = torch.zeros_like(hidden)
-    for index, _, label, logits in token_chunks(head, labels, options):
-        chunk = torch.ops.robustloss.token_logps(
-            logits.unsqueeze(0), label.unsqueeze(0), EVERY_TOKEN, *options[1:3], n_statistics
-        )
-        logps[index], lse[:, index], statistics[:, index] = chunk[0][0], chunk[1][:, 0], chunk[2][:, 0]
-        jacobian[index] = chunk_gradient(torch.ones_like(chunk[0][0]), logits, label, chunk[1], options) @ weight
-    return logps, lse, statistics, jacobian
+    head = Head(hidden, weight, bias, adapter_hidden, adapter_weight)
+    part, kept, jacobian = forward_with_jacobian(head, labels, Options(*values), n_statistics)
+    return *scatter(part, kept, len(labels)), spread(jacobian.to(hidden.dtype), kept, len(labels))
 
 
 def _frozen_backward(grad_logps, jacobian, *_):

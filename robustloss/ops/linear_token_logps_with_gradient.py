@@ -1,7 +1,8 @@
-r"""`linear_token_logps` where the gradient of the log-probabilities is known beforehand: 6 N H V flops in one pass.
+r"""`linear_token_logps` where the gradient of the log-probabilities is known beforehand: 6 N H V flops, no second pass.
 
-A chunk of tokens' logits become their gradient, and that its part of dh and dW, before the next chunk's take its place.
-dW is summed over the chunks in float32.
+Up to H tokens at a time go through `trainable_linear_token_logps`'s forward and straight on through its backward, so
+that no logits are computed twice; with more tokens the groups' weight gradients are summed in float32. Where only the
+hidden states need a gradient, 4 NHV.
 """
 
 from __future__ import annotations
@@ -9,49 +10,39 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from robustloss.naive.token_logps import statistics_dtype
-from robustloss.ops._linear_head import EVERY_TOKEN, Head, add_product, chunk_gradient, empty_statistics, token_chunks
+from robustloss.ops._linear_head import (
+    Head,
+    Options,
+    backward,
+    forward,
+    forward_waiting,
+    forward_with_jacobian,
+    kept_tokens,
+    scatter,
+    spread,
+)
+
+OF_TOKENS = (0, 3)  # hidden and adapter_hidden: a row each; the others are sums over tokens
 
 
 class KnownGradient(torch.autograd.Function):
-    """(sum of gradient x logps, logps, lse, statistics) and the head's gradients in one pass."""
+    """(sum of gradient x logps, logps) and the head's gradients."""
 
     @staticmethod
     def forward(ctx, *arguments: Any):
-        *tensors, labels, grad_logps, options, n_statistics = arguments
-        head = Head(*tensors)
-        dtype = statistics_dtype(head.hidden.dtype)
-        needs = ctx.needs_input_grad[:5]
-        logps, lse, statistics = (value.zero_() for value in empty_statistics(head.hidden, labels, n_statistics))
-        gradients: dict[int, torch.Tensor] = {}  # by place among the five
-        for place, left, right in head.products:
-            if needs[place]:
-                gradients[place] = torch.zeros_like(left)
-            if needs[place + 1]:
-                gradients[place + 1] = torch.zeros(right.shape, dtype=dtype, device=right.device)
-        if needs[2]:
-            gradients[2] = torch.zeros(len(head.weight), dtype=dtype, device=labels.device)
-        for index, rows, label, logits in token_chunks(head, labels, options):
-            chunk = torch.ops.robustloss.token_logps(
-                logits.unsqueeze(0), label.unsqueeze(0), EVERY_TOKEN, *options[1:3], n_statistics
-            )
-            logps[index], lse[:, index], statistics[:, index] = chunk[0][0], chunk[1][:, 0], chunk[2][:, 0]
-            if not gradients:
-                continue
-            gradient = chunk_gradient(grad_logps[index], logits, label, chunk[1], options)
-            for place, left, right in rows.products:
-                if needs[place]:
-                    gradients[place][index] = gradient @ right
-                if needs[place + 1]:
-                    add_product(gradients[place + 1], gradient.t(), left)
-            if needs[2]:
-                gradients[2] += gradient.sum(0, dtype=dtype)
-        ctx.gradients = [
-            gradients[place].to(value.dtype) if place in gradients else None for place, value in enumerate(tensors)
-        ]
-        ctx.mark_non_differentiable(logps, lse, statistics)
-        return (grad_logps * logps).sum(), logps, lse, statistics
+        *tensors, labels, grad_logps, options = arguments
+        head, needs = Head(*tensors), list(ctx.needs_input_grad[:5])
+        if needs == [True, False, False, False, False]:
+            part, kept, jacobian = forward_with_jacobian(head, labels, options, 0)
+            logps = scatter(part, kept, len(labels))[0]
+            grad_hidden = spread(jacobian.to(head.hidden.dtype), kept, len(labels)) * grad_logps.unsqueeze(-1)
+            ctx.gradients = [grad_hidden.to(head.hidden.dtype), None, None, None, None]
+        else:
+            logps, ctx.gradients = _in_groups(head, labels, grad_logps, options, needs)
+        ctx.mark_non_differentiable(logps)
+        return (grad_logps * logps).sum(), logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -61,4 +52,37 @@ class KnownGradient(torch.autograd.Function):
             raise RuntimeError(
                 "the gradients of linear_sequence_logps_with_cotangent are given out once; call it again"
             )
-        return *[None if gradient is None else gradient.mul_(upstream) for gradient in gradients], *[None] * 4
+        return *[None if gradient is None else gradient.mul_(upstream) for gradient in gradients], *[None] * 3
+
+
+def _in_groups(
+    head: Head, labels: Tensor, grad_logps: Tensor, options: Options, needs: list[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    kept, rows, kept_labels = kept_tokens(head, labels, options.ignore_index)
+    upstream, n_hidden = grad_logps[kept], head.weight.shape[1]
+    logps: list[Tensor] = []
+    results: list[list[Tensor]] = [[] for _ in head]
+    for start in range(0, max(1, len(kept_labels)), n_hidden):
+        group = slice(start, start + n_hidden)
+        own, own_labels = rows.of_tokens(group), kept_labels[group]
+        waiting = head.weight.new_empty(head.weight.shape) if needs[1] else None
+        if waiting is None:
+            part, _ = forward(own, own_labels, options, 0)
+        else:
+            part, _ = forward_waiting(own, own_labels, options, 0, 0, waiting)
+        logps.append(part.logps)
+        gradients = backward(upstream[group], own, own_labels, part.lse, options, needs, 0, waiting)
+        for place, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            if place in OF_TOKENS or not results[place]:
+                results[place].append(gradient)
+            else:
+                results[place] = [results[place][0].to(part.lse.dtype).add_(gradient)]
+
+    gradients: list[Tensor | None] = [None] * len(results)
+    for place, (values, like) in enumerate(zip(results, head, strict=True)):
+        if values and like is not None:
+            whole = spread(torch.cat(values), kept, len(labels)) if place in OF_TOKENS else values[0]
+            gradients[place] = whole.to(like.dtype)
+    return spread(torch.cat(logps).unsqueeze(-1), kept, len(labels)).squeeze(-1), gradients

@@ -168,15 +168,25 @@ def test_tiles_cover_the_vocabulary_once_and_fit_the_workspace(n_tokens, vocabul
 # ---- tiles of odd rows --------------------------------------------------------------------------------------------
 
 
-def test_huge_logits_keep_their_digits_across_tiles():
+@pytest.mark.parametrize("regime", ["frozen", "trainable"])
+def test_huge_logits_keep_their_digits_across_tiles(regime):
+    trained = REGIMES[regime][0]
     tensors, labels = make_inputs(5)
-    tensors[1][400:410] *= 3e3  # logits of 1e4 in one tile of several
-    labels = torch.where(labels == -100, labels, 403)
-    single = [value.float() for value in tensors]
-    actual = call(single, labels, chunk_size=1)
-    expected = call([value.double() for value in single], labels, chunk_size=1)
-    torch.testing.assert_close(expected, in_float64(single, labels), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-3)
+    tensors[1][100:110] *= 3e3
+    tensors[1][900:910] = tensors[1][100:110] * (1 + 1e-5)  # logits of 1e4, and their like in another tile
+    labels = torch.where(labels == -100, labels, 103)
+    single = [value.float().requires_grad_(index in trained) for index, value in enumerate(tensors)]
+    exact = [value.detach().double().requires_grad_(index in trained) for index, value in enumerate(single)]
+    if regime == "frozen":
+        single[3:], exact[3:] = ([value.detach() for value in values[3:]] for values in (single, exact))
+    actual, expected = call(single, labels, chunk_size=1), in_float64(exact, labels)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-2)  # the product's own error at 1e4
+    gradient = torch.autograd.grad(actual.sum(), single[0])[0].double()
+    wanted = torch.autograd.grad(expected.sum(), exact[0])[0]
+    torch.testing.assert_close(gradient / wanted.abs().max(), wanted / wanted.abs().max(), rtol=0, atol=2e-3)
+    with torch.no_grad():
+        in_tiles, at_once = (call(exact, labels, chunk_size=size) for size in (1, 1000))
+    torch.testing.assert_close(in_tiles, at_once, rtol=1e-12, atol=1e-12)
 
 
 def test_a_tile_of_tokens_that_cannot_occur_has_no_share():
