@@ -32,8 +32,9 @@ lint: $(VENV)/.ready
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/lint-imports
 
+# Prints; make bench RESULTS=bench/results also keeps the results there, and goes on from what is there.
 bench: $(VENV)/.ready
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m pytest bench -q $(if $(RESULTS),--results $(RESULTS))
 
 clean:
 	rm -rf $(VENV) build *.egg-info robustloss/_C*.so

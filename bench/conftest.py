@@ -1,51 +1,121 @@
-"""What every benchmark shares: one way to measure, and the ratios printed at the end."""
+"""`python -m pytest bench`: measure every case, print the ratios, and write them down where --results says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-# group -> contestant -> (median seconds, bytes that the task must move at least)
-RESULTS = pytest.StashKey[dict[str, dict[str, tuple[float, int]]]]()
-WARMUP_ROUNDS = 3  # the first rounds pay for memory that the machine has never touched
-ROUNDS = 9
+from bench import results
+from bench.cases import DEVICE, Case, build, check_agreement
+from bench.measure import (
+    MemoryUnknown,
+    memory_on_cpu,
+    memory_on_gpu,
+    result_of,
+    timing_on_cpu,
+    timing_on_gpu,
+)
+from bench.peers import Absent
+from bench.report import tables
+from bench.results import Result
+
+MEASURED = pytest.StashKey[dict[tuple, Result]]()
+OUT_OF_TIME = pytest.StashKey[bool]()
+UNFINISHED = 75  # exit status when --seconds ran out: try again
+START = time.monotonic()
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("robustloss benchmarks")
+    group.addoption("--results", type=Path, metavar="FOLDER", help="append to FOLDER/<device>.jsonl, go on from there")
+    group.addoption("--again", action="store_true", help="measure also what --results holds already")
+    group.addoption("--seconds", type=float, metavar="S", help="start no case after S seconds")
+    group.addoption("--tiny", action="store_true", help="tiny shapes: tries the suite, measures nothing of use")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    config.stash[RESULTS] = {}
+    config.option.benchmark_quiet = True  # its own table of everything by everything says less than the summary below
+    folder = config.getoption("results")
+    held = results.load(folder / results.file_name()) if folder else []
+    current = (results.commit(), results.device_name(), torch.get_num_threads())
+    config.stash[MEASURED] = {
+        result.key: result for result in held if (result.commit, result.device, result.threads) == current
+    }
 
 
 @pytest.fixture
-def measure(benchmark, request) -> Callable[..., None]:
-    """`measure(group, contestant, function, setup=..., least_bytes=...)`: the median time of function(*setup()).
+def contest(request) -> Iterator[Callable[[Case], None]]:
+    """`contest(case)`: measure it and write it down, or write down why it is absent."""
+    config = request.config
+    measured = config.stash[MEASURED]
+    folder, seconds = config.getoption("results"), config.getoption("seconds")
 
-    Every contestant of a group gets fresh arguments from the same untimed `setup`, and the same number of rounds.
-    """
+    def note(result: Result) -> None:
+        measured[result.key] = result
+        if folder:
+            results.append(folder / results.file_name(), result)
 
-    def run(group: str, contestant: str, function: Callable, *, setup: Callable[[], tuple], least_bytes: int) -> None:
-        def arguments() -> tuple[tuple, dict[str, Any]]:
-            return setup(), {}
+    def run(case: Case) -> None:
+        blank = result_of(case)
+        if blank.key in results.finished(measured.values()) and not config.getoption("again"):
+            pytest.skip("measured already")
+        if seconds is not None and time.monotonic() - START > seconds:
+            config.stash[OUT_OF_TIME] = True
+            pytest.skip(f"no time left after {seconds:.0f} s; run again with --results to go on")
+        try:
+            if not (case.is_ceiling or case.contestant.compiled):
+                check_agreement(case, DEVICE)
+            problem = build(case, DEVICE)
+            if DEVICE.type == "cuda":
+                timing, memory = timing_on_gpu(problem), memory_on_gpu(case, problem)
+            else:
+                timing = timing_on_cpu(problem, request.getfixturevalue("benchmark"))
+                memory = memory_on_cpu(case)
+        except MemoryUnknown as error:
+            note(result_of(case, absent=f"memory not measured: {error}"))
+            pytest.fail(f"memory not measured: {error}")
+        except Exception as error:
+            # Whatever a peer raises is its reason; the suite goes on.
+            reason = _one_line(error)
+            note(result_of(case, absent=reason))
+            if case.is_ceiling or (case.is_ours and not isinstance(error, Absent)):
+                raise
+            pytest.skip(f"absent: {reason}")
+        note(result_of(case, timing, memory, ceilings=_ceilings(case, measured)))
 
-        benchmark.group = group
-        benchmark.pedantic(function, setup=arguments, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
-        if benchmark.stats is None:  # --benchmark-disable
-            return
-        median = benchmark.stats.stats.median
-        benchmark.extra_info |= {"least_bytes": least_bytes, "gigabytes_per_second": least_bytes / median / 1e9}
-        request.config.stash[RESULTS].setdefault(group, {})[contestant] = (median, least_bytes)
+    yield run
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
 
-    return run
+
+def _ceilings(case: Case, measured: dict[tuple, Result]) -> list[Result]:
+    """What this case is held against: its group's plain copy and read, or bare matmuls, if not one of them."""
+    if case.is_ceiling:
+        return []
+    group = result_of(case).group
+    return [
+        result for result in measured.values() if result.group == group and result.is_ceiling and result.ms is not None
+    ]
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip() or "no message"
+    first = text.splitlines()[0]
+    return first if isinstance(error, Absent) else f"{type(error).__name__}: {first[:200]}"
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus == pytest.ExitCode.OK and session.config.stash.get(OUT_OF_TIME, False):
+        session.exitstatus = UNFINISHED
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    for group, results in config.stash[RESULTS].items():
-        terminalreporter.section(f"{group} ({torch.get_num_threads()} threads)")
-        ours = [name for name in results if name.startswith("robustloss")]
-        header = f"{'':28}{'median ms':>11}{'GB/s':>8}" + "".join(f"{'vs ' + name:>24}" for name in ours)
-        terminalreporter.write_line(header)
-        for name, (median, least_bytes) in results.items():
-            ratios = "".join(f"{median / results[own][0]:>23.2f}x" for own in ours)
-            terminalreporter.write_line(f"{name:28}{median * 1e3:>11.2f}{least_bytes / median / 1e9:>8.1f}{ratios}")
+    for title, lines in tables(config.stash[MEASURED].values()):
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)

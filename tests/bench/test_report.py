@@ -1,0 +1,68 @@
+"""The benchmark report, from a handful of results."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+
+from bench.report import latest, main, markdown, tables
+from bench.results import Result, append
+
+OURS = Result(
+    op="linear_sequence_logps",
+    peer="robustloss",
+    shape={"B": 2, "T": 512, "V": 32_000, "H": 1024},
+    dtype="float32",
+    pass_name="forward+backward",
+    device="a machine",
+    commit="1234567",
+    threads=2,
+    ms=1000.0,
+    ms_spread=5.0,
+    peak_bytes=48 * 2**20,
+    rate=0.2,
+    rate_unit="TFLOP/s",
+    ceiling="bare matmuls",
+    fraction_of_ceiling=0.9,
+    time="2026-01-01T00:00:00+00:00",
+)
+SLOWER = replace(OURS, peer="eager", ms=2500.0, peak_bytes=256 * 2**20)
+ABSENT = replace(OURS, peer="Liger", ms=None, peak_bytes=None, absent="no GPU")
+
+
+def test_the_table_has_ratios_to_ours_and_who_is_absent():
+    text = markdown([OURS, SLOWER, ABSENT], [])
+    assert "| eager | 2500.00 | 5.00 | 0.2 | 90% | 256 | 2.50x |" in text
+    assert "- Liger: absent, no GPU" in text
+
+
+def test_groups_are_tables_of_their_own():
+    titles = [title for title, _ in tables([OURS, SLOWER, replace(OURS, dtype="bfloat16")])]
+    assert len(titles) == 2
+    assert "float32 [2, 512, 32000] from H = 1024" in titles[0]
+
+
+def test_only_the_latest_commit_of_a_device_is_shown():
+    old = replace(OURS, commit="0000000", time="2025-01-01T00:00:00+00:00")
+    elsewhere = replace(old, device="another machine")
+    assert latest([old, elsewhere, OURS]) == [elsewhere, OURS]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_the_report_is_written_beside_its_results(tmp_path, capsys):
+    for result in (OURS, SLOWER, ABSENT):
+        append(tmp_path / "machine.jsonl", result)
+    assert main(["--results", str(tmp_path)]) == 0
+    report = tmp_path / "report.md"
+    pictures = [tmp_path / f"a-machine-linear-sequence-logps-{what}.png" for what in ("time", "memory")]
+    assert capsys.readouterr().out.split() == [str(path) for path in (report, *pictures)]
+    for picture in pictures:
+        assert picture.stat().st_size > 0
+        assert f"({picture.name})" in report.read_text()
+
+
+def test_a_folder_without_results_is_an_error(tmp_path, capsys):
+    assert main(["--results", str(tmp_path)]) == 2
+    assert "no results" in capsys.readouterr().err
