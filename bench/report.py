@@ -176,14 +176,14 @@ def _draw_panel(axes, panel: list[Result], value: Callable[[Result], float], uni
 
 
 def latest(results: Iterable[Result]) -> list[Result]:
-    """Of each device and number of threads, the results of the commit that was measured last."""
+    """Of each device the results of the last run: of its commit and number of threads."""
     results = list(results)
-    newest: dict[tuple, Result] = {}
-    for result in results:
-        place = (result.device, result.threads)
-        if place not in newest or result.time >= newest[place].time:
-            newest[place] = result
-    return [result for result in results if result.commit == newest[(result.device, result.threads)].commit]
+    last = {result.device: result for result in sorted(results, key=lambda result: result.time)}
+
+    def run(result: Result) -> tuple[str, int]:
+        return result.commit, result.threads
+
+    return [result for result in results if run(result) == run(last[result.device])]
 
 
 def write(folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ template RowKernels<float> row_kernels(bool);
 template RowKernels<c10::Half> row_kernels(bool);
 template RowKernels<c10::BFloat16> row_kernels(bool);
 
-void check_layout(const at::Tensor& logits, const at::Tensor& labels, double temperature, const char* name) {
+void check_layout(const at::Tensor& logits, const at::Tensor& labels, const char* name) {
     TORCH_CHECK_VALUE(logits.dim() == 3, name, " must have shape [B, T, V], got ", logits.sizes());
     TORCH_CHECK_VALUE(logits.size(2) <= 1 || logits.stride(2) == 1, name,
                       " must have stride 1 along the vocabulary, got strides ", logits.strides());
@@ -32,7 +32,6 @@ void check_layout(const at::Tensor& logits, const at::Tensor& labels, double tem
     TORCH_CHECK_VALUE(labels.sizes() == logits.sizes().slice(0, 2), "labels must have shape ",
                       logits.sizes().slice(0, 2), " (that of ", name, " without V), got ", labels.sizes());
     TORCH_CHECK_VALUE(labels.is_contiguous(), "labels must be contiguous, got strides ", labels.strides());
-    TORCH_CHECK_VALUE(temperature > 0, "temperature must be > 0, got ", temperature);
 }
 
 std::vector<int64_t> counted_rows(const at::Tensor& labels, int64_t ignore_index, int64_t V) {

@@ -1,4 +1,4 @@
-// What the ops on rows of logits share: layouts, checks, and a row's log-probability.
+// What the ops on rows of logits share: layouts and checks.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,34 +27,13 @@ struct Rows {
 
 template <typename scalar_t>
 Scaling<scalar_t> scaling_of(double temperature, std::optional<double> softcap) {
+    TORCH_CHECK_VALUE(temperature > 0, "temperature must be > 0, got ", temperature);
+    TORCH_CHECK_VALUE(!softcap || *softcap > 0, "softcap must be > 0 or None, got ", *softcap);
     using opmath_t = at::opmath_type<scalar_t>;
     return {static_cast<opmath_t>(1 / temperature), static_cast<opmath_t>(softcap.value_or(0))};
 }
 
-template <typename opmath_t>
-opmath_t soft_cap(opmath_t x, opmath_t cap) {
-    return cap == 0 ? x : cap * std::tanh(x / cap);
-}
-
-/// A label's log-probability, and the largest z with the log-sum relative to it. The first is rounded to the
-/// statistics type and the second is relative to the rounded one, so that a fused multiply-add gets z - lse
-/// back.
-template <typename scalar_t>
-struct RowLogps {
-    using opmath_t = at::opmath_type<scalar_t>;
-    opmath_t logps, lse[2];
-
-    RowLogps(const RowStatistics<scalar_t>& row, opmath_t target, const Scaling<scalar_t>& scaling) {
-        // Not target - lse: for large logits lse has already lost the digits that this difference keeps.
-        logps = (soft_cap(target, scaling.cap) - row.max) * scaling.inverse_temperature - row.log_sum;
-        lse[0] = row.max * scaling.inverse_temperature;
-        const opmath_t lost = std::fma(row.max, scaling.inverse_temperature, -lse[0]);
-        lse[1] = std::isfinite(lse[0]) ? row.log_sum + lost : row.log_sum;
-    }
-};
-
-void check_layout(const at::Tensor& logits, const at::Tensor& labels, double temperature,
-                  const char* name = "logits");
+void check_layout(const at::Tensor& logits, const at::Tensor& labels, const char* name = "logits");
 
 /// The rows that count, in order. A label that is neither a token nor `ignore_index` is refused here, before
 /// any thread starts.

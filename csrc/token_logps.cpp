@@ -40,7 +40,7 @@ Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& optio
 std::tuple<Tensor, Tensor, Tensor> token_logps(const Tensor& logits, const Tensor& labels,
                                                int64_t ignore_index, double temperature,
                                                std::optional<double> softcap, int64_t n_statistics) {
-    check_layout(logits, labels, temperature);
+    check_layout(logits, labels);
     TORCH_CHECK_VALUE(n_statistics == 0 || n_statistics == 1 || n_statistics == 3,
                       "n_statistics must be 0, 1 or 3, got ", n_statistics);
     const int64_t B = logits.size(0), T = logits.size(1), V = logits.size(2), N = labels.numel();
@@ -67,16 +67,14 @@ std::tuple<Tensor, Tensor, Tensor> token_logps(const Tensor& logits, const Tenso
         at::parallel_for(0, rows.size(), grain_size(V), [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t row = rows[i];
-                const auto reduced = reduce_row(x[row], V, scaling);
-                const opmath_t target = x[row][label[row]];
-                const RowLogps<scalar_t> values(reduced, target, scaling);
+                const RowValues<scalar_t> values = reduce_row(x[row], V, label[row], scaling);
                 logps_out[row] = values.logps;
                 lse_out[row] = values.lse[0];
                 lse_out[N + row] = values.lse[1];
-                if (n_statistics > 0) statistics_out[row] = reduced.entropy;
+                if (n_statistics > 0) statistics_out[row] = values.entropy;
                 if (n_statistics > 1) {
-                    statistics_out[N + row] = target == reduced.largest;
-                    statistics_out[2 * N + row] = reduced.mean;
+                    statistics_out[N + row] = values.top1;
+                    statistics_out[2 * N + row] = values.mean;
                 }
             }
         });
@@ -87,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logps(const Tensor& logits, const Tenso
 void token_logps_bwd_out(const Tensor& grad_logps, const Tensor& logits, const Tensor& labels,
                          const Tensor& lse, int64_t ignore_index, double temperature,
                          std::optional<double> softcap, int64_t vocabulary_start, Tensor& grad) {
-    check_layout(logits, labels, temperature);
+    check_layout(logits, labels);
     TORCH_CHECK_VALUE(grad_logps.sizes() == labels.sizes(), "grad_logps must have shape ", labels.sizes(),
                       ", got ", grad_logps.sizes());
     TORCH_CHECK_VALUE(lse.dim() == 3 && lse.size(0) == 2 && lse[0].sizes() == labels.sizes(),
@@ -100,10 +98,9 @@ void token_logps_bwd_out(const Tensor& grad_logps, const Tensor& logits, const T
                       " with strides ", grad.strides());
     at::assert_no_internal_overlap(grad);  // of an expanded tensor no element is its own
     at::assert_no_partial_overlap(grad, logits);
-    const int64_t V = logits.size(2), N = labels.numel();
+    const int64_t T = logits.size(1), V = logits.size(2);
     const auto statistics_type = at::toOpMathType(logits.scalar_type());
-    const Tensor grad_logps_ = grad_logps.to(statistics_type).contiguous();
-    const Tensor lse_ = lse.to(statistics_type).contiguous();
+    const Tensor grad_logps_ = grad_logps.to(statistics_type), lse_ = lse.to(statistics_type);
 
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "token_logps_bwd", [&] {
         using opmath_t = at::opmath_type<scalar_t>;
@@ -112,16 +109,18 @@ void token_logps_bwd_out(const Tensor& grad_logps, const Tensor& logits, const T
         const Rows<scalar_t> out(grad.mutable_data_ptr<scalar_t>(), grad);
         const Rows<const scalar_t> x(logits.const_data_ptr<scalar_t>(), logits);
         const int64_t* label = labels.const_data_ptr<int64_t>();
-        const opmath_t* upstream = grad_logps_.const_data_ptr<opmath_t>();
-        const opmath_t* lse_in = lse_.const_data_ptr<opmath_t>();
-        at::parallel_for(0, N, grain_size(V), [&](int64_t begin, int64_t end) {
+        // By their strides: the gradient of a sum is expanded.
+        const auto upstream = grad_logps_.accessor<const opmath_t, 2>();
+        const auto lse_in = lse_.accessor<const opmath_t, 3>();
+        at::parallel_for(0, labels.numel(), grain_size(V), [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) {
                 if (label[row] == ignore_index) {
                     std::fill_n(out[row], V, scalar_t(0));
-                } else {
-                    grad_row(out[row], x[row], V, label[row] - vocabulary_start, scaling,
-                             {lse_in[row], lse_in[N + row]}, upstream[row] * scaling.inverse_temperature);
+                    continue;
                 }
+                const int64_t b = row / T, t = row % T;
+                grad_row(out[row], x[row], V, label[row] - vocabulary_start, scaling,
+                         {lse_in[0][b][t], lse_in[1][b][t]}, upstream[b][t] * scaling.inverse_temperature);
             }
         });
     });

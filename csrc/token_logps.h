@@ -8,27 +8,29 @@
 
 namespace robustloss {
 
-/// z = s / temperature with s = cap tanh(x / cap), or s = x where cap is 0.
+/// z = s / temperature with s = cap tanh(x / cap), or s = x in the kernels without a cap.
 template <typename scalar_t>
 struct Scaling {
     at::opmath_type<scalar_t> inverse_temperature, cap;
 };
 
-/// What one pass over a row's logits x gives. A NaN or +inf among them makes everything NaN.
+/// What one pass over a row's logits x gives. A NaN among them, or without a cap +inf, makes everything NaN
+/// but `top1`, which is 0.
 template <typename scalar_t>
-struct RowStatistics {
+struct RowValues {
     using opmath_t = at::opmath_type<scalar_t>;
-    opmath_t max;      // of s
-    opmath_t log_sum;  // log sum_v exp((s_v - max) / temperature), so that lse = max / temperature + log_sum
+    opmath_t logps;    // z of the label minus the log-sum-exp
+    opmath_t lse[2];   // the largest z, and log sum_v exp(z_v - lse[0])
     opmath_t entropy;  // in nats
-    opmath_t largest;  // of x: the cap may round several logits to one s
+    opmath_t top1;     // 1 where no token has a larger x than the label, else 0
     opmath_t mean;     // of s
 };
 
-enum class Wanted { Lse, Entropy, Everything };  // statistics that were not wanted are meaningless
+enum class Wanted { Lse, Entropy, Everything };  // a statistic that is not wanted is meaningless
 
 template <typename scalar_t>
-using ReduceRow = RowStatistics<scalar_t>(const scalar_t* logits, int64_t V, Scaling<scalar_t> scaling);
+using ReduceRow = RowValues<scalar_t>(const scalar_t* logits, int64_t V, int64_t label,
+                                      Scaling<scalar_t> scaling);
 
 /// grad_v = scale ([v = label] - exp(z_v - lse[0] - lse[1])) ds/dx; `grad` may be `logits`, and `label` may
 /// be outside of the row.

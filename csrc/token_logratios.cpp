@@ -28,7 +28,7 @@ std::function<Values(int64_t)> row_reader(const Tensor& logits, const Tensor& la
         const Rows<const scalar_t> x(logits.const_data_ptr<scalar_t>(), logits);
         const int64_t* label = labels.const_data_ptr<int64_t>();
         read = [=, V = logits.size(2)](int64_t row) -> Values {
-            const RowLogps<scalar_t> values(reduce_row(x[row], V, scaling), x[row][label[row]], scaling);
+            const RowValues<scalar_t> values = reduce_row(x[row], V, label[row], scaling);
             return {values.logps, {values.lse[0], values.lse[1]}};
         };
     });
@@ -37,8 +37,8 @@ std::function<Values(int64_t)> row_reader(const Tensor& logits, const Tensor& la
 
 std::tuple<Tensor, Tensor> token_logratios(const Tensor& policy_logits, const Tensor& ref_logits,
                                            const Tensor& labels, int64_t ignore_index, double temperature) {
-    check_layout(policy_logits, labels, temperature, "policy_logits");
-    check_layout(ref_logits, labels, temperature, "ref_logits");
+    check_layout(policy_logits, labels, "policy_logits");
+    check_layout(ref_logits, labels, "ref_logits");
     const int64_t B = policy_logits.size(0), T = policy_logits.size(1), V = policy_logits.size(2);
     TORCH_CHECK_VALUE(ref_logits.size(2) == V, "ref_logits must have policy_logits' vocabulary ", V, ", got ",
                       ref_logits.size(2));

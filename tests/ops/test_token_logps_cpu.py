@@ -18,12 +18,13 @@ pytestmark = pytest.mark.skipif(not HAS_EXTENSION, reason="robustloss was instal
 
 OP = torch.ops.robustloss
 IGNORE = -100
-# Against a float64 oracle that sees the same rounded logits: statistics, and the gradient, which is of the dtype.
+# Against a float64 oracle that sees the same rounded logits: log-probabilities and statistics, and the gradient, which
+# is of the dtype: in half precision within two roundings.
 TOLERANCES = {
     torch.float64: (1e-12, 1e-12),
-    torch.float32: (1e-5, 1e-5),
-    torch.bfloat16: (1e-5, 2**-8),
-    torch.float16: (1e-5, 2**-10),
+    torch.float32: (1e-6, 1e-5),
+    torch.bfloat16: (1e-6, 2**-8),
+    torch.float16: (1e-6, 2**-10),
 }
 
 
@@ -61,6 +62,8 @@ def assert_agrees_with_naive(
     logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, softcap: float | None = None
 ) -> None:
     rtol, grad_rtol = TOLERANCES[logits.dtype]
+    # A soft-capped logit is a float: it is known to units in the last place of the cap.
+    atol = rtol * max(1.0, 0.2 * (softcap or 0.0) / temperature)
     logps, lse, statistics = OP.token_logps(logits, labels, IGNORE, temperature, softcap, 3)
     assert logps.dtype == lse.dtype == statistics.dtype
     assert logps.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
@@ -71,26 +74,26 @@ def assert_agrees_with_naive(
     assert grad.is_contiguous()
 
     exact_logps, exact_statistics, exact_grad = oracle(logits, labels, grad_logps, temperature, softcap)
-    torch.testing.assert_close(logps.double(), exact_logps, rtol=rtol, atol=rtol)
-    torch.testing.assert_close(statistics.double(), exact_statistics, rtol=rtol, atol=rtol)
-    torch.testing.assert_close(grad.double(), exact_grad, rtol=grad_rtol, atol=rtol)
+    torch.testing.assert_close(logps.double(), exact_logps, rtol=rtol, atol=atol)
+    torch.testing.assert_close(statistics.double(), exact_statistics, rtol=rtol, atol=atol)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=grad_rtol, atol=atol)
 
     # Fewer statistics change nothing, and the first is the same.
     for n_statistics in (0, 1):
         fewer = OP.token_logps(logits, labels, *options, n_statistics)
-        torch.testing.assert_close(fewer[0], logps, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(fewer[2], statistics[:n_statistics], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(fewer[0], logps, rtol=rtol, atol=atol)
+        torch.testing.assert_close(fewer[2], statistics[:n_statistics], rtol=rtol, atol=atol)
 
     overwritten = logits.clone()  # keeps the strides of a permuted tensor
     OP.token_logps_bwd_out(grad_logps, overwritten, labels, lse, *options, 0, overwritten)
     assert torch.equal(overwritten, grad)
 
-    # Tiles of the vocabulary, out of place into poisoned memory.
+    # Tiles of the vocabulary, into poisoned memory: a label outside of its tile has no target there.
     poisoned = torch.full_like(grad, math.nan)
     for start in range(0, logits.shape[-1], 700):
         tile = slice(start, start + 700)
         OP.token_logps_bwd_out(grad_logps, logits[..., tile], labels, lse, *options, start, poisoned[..., tile])
-    torch.testing.assert_close(poisoned, grad, rtol=grad_rtol, atol=1e-6)
+    torch.testing.assert_close(poisoned, grad, rtol=grad_rtol, atol=rtol)
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -112,17 +115,42 @@ def test_soft_capped_values_and_gradients_are_those_of_naive(V, softcap, dtype):
     assert_agrees_with_naive(logits, labels, 0.7, softcap)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("temperature", [1e-3, 1e3])
-def test_extreme_temperatures(temperature):
-    logits, labels = sample((2, 5, 1500), torch.float32)
+def test_extreme_temperatures(temperature, dtype):
+    logits, labels = sample((2, 5, 1500), dtype)
+    rtol, grad_rtol = TOLERANCES[dtype]
     logps, lse, entropy = forward(logits, labels, IGNORE, temperature)
-    ones = torch.ones(2, 5)
-    exact_logps, exact_statistics, exact_grad = oracle(logits, labels, ones, temperature)
-    torch.testing.assert_close(logps.double(), exact_logps, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(entropy.double(), exact_statistics[0], rtol=1e-5, atol=1e-5)
-    grad = OP.token_logps_bwd(ones, logits, labels, lse, IGNORE, temperature, None)
-    # Differences of a few units in 3000 are taken of numbers that are rounded in the last place.
-    torch.testing.assert_close(grad.double() * temperature, exact_grad * temperature, rtol=3e-4, atol=1e-6)
+    grad_logps = torch.full_like(logps, temperature)  # so that the gradient is of the order of 1
+    exact_logps, exact_statistics, exact_grad = oracle(logits, labels, grad_logps, temperature)
+    torch.testing.assert_close(logps.double(), exact_logps, rtol=rtol, atol=rtol)
+    torch.testing.assert_close(entropy.double(), exact_statistics[0], rtol=rtol, atol=rtol)
+    grad = OP.token_logps_bwd(grad_logps, logits, labels, lse, IGNORE, temperature, None)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=grad_rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_long_rows_keep_the_digits_of_their_sum(temperature):
+    logits, labels = sample((1, 8, 151_936), torch.float32, ignored=0)
+    labels = logits.argmax(-1)  # whose log-probability is nearest to 0, so that the sum's error shows most
+    logps, lse, statistics = OP.token_logps(logits, labels, IGNORE, temperature, None, 3)
+    exact_logps, exact_statistics, exact_grad = oracle(logits, labels, torch.ones(1, 8), temperature)
+    torch.testing.assert_close(logps.double(), exact_logps, rtol=1e-6, atol=0)
+    torch.testing.assert_close(statistics.double(), exact_statistics, rtol=2e-6, atol=1e-7)
+    grad = OP.token_logps_bwd(torch.ones(1, 8), logits, labels, lse, IGNORE, temperature, None)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_log_sum_exp_is_the_largest_logit_and_a_log_sum_relative_to_it(dtype):
+    logits, labels = sample((2, 5, 3001), dtype)
+    _, lse, _ = forward(logits, labels, IGNORE, 0.5)
+    exact = 2 * logits.double()
+    largest = exact.amax(-1)
+    log_sum = (exact - largest.unsqueeze(-1)).logsumexp(-1)
+    wanted = torch.where(labels != IGNORE, torch.stack([largest, log_sum]), 0.0)
+    assert torch.equal(lse[0].double(), wanted[0])
+    torch.testing.assert_close(lse[1].double(), wanted[1], rtol=TOLERANCES[dtype][0], atol=TOLERANCES[dtype][0])
 
 
 @pytest.mark.parametrize("ascending", [True, False])
@@ -136,14 +164,21 @@ def test_no_rows_give_empty_results(shape):
     assert_agrees_with_naive(*sample(shape, torch.float32))
 
 
-def test_a_vocabulary_of_one_has_probability_one_and_no_gradient():
-    logits, labels = sample((2, 3, 1), torch.float32, ignored=0)
-    logps, lse, entropy = forward(logits, labels, IGNORE, 1.0)
-    assert torch.equal(logps, torch.zeros(2, 3))
-    assert torch.equal(entropy, torch.zeros(2, 3))
-    assert torch.equal(
-        OP.token_logps_bwd(torch.ones(2, 3), logits, labels, lse, IGNORE, 1.0, None), torch.zeros(2, 3, 1)
-    )
+@pytest.mark.parametrize("softcap", [None, 1.5, 30.0])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_vocabulary_of_one_has_probability_one_and_no_gradient(dtype, softcap):
+    logits, labels = sample((20, 3, 1), dtype, scale=30.0, ignored=0)
+    logps, lse, statistics = OP.token_logps(logits, labels, IGNORE, 1e-3, softcap, 3)
+    assert torch.equal(logps, torch.zeros_like(logps))
+    assert torch.equal(statistics[0], torch.zeros_like(logps))
+    assert torch.equal(statistics[1], torch.ones_like(logps))
+    grad = OP.token_logps_bwd(torch.ones_like(logps), logits, labels, lse, IGNORE, 1e-3, softcap)
+    assert torch.equal(grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_one_token(softcap):
+    assert_agrees_with_naive(*sample((1, 1, 1025), torch.float32, ignored=0), softcap=softcap)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -155,14 +190,65 @@ def test_equal_logits_are_the_uniform_distribution(value, dtype):
     torch.testing.assert_close(entropy, torch.full_like(logps, math.log(V)), rtol=1e-6, atol=0)
 
 
-def test_logits_of_magnitude_ten_thousand_keep_their_digits():
-    logits, labels = sample((2, 6, 3001), torch.float32, scale=1e4)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("offset", [1e4, -1e4, 1e5, -1e5])
+def test_logits_far_from_zero_keep_their_digits(offset, temperature):
+    logits, labels = sample((2, 6, 3001), torch.float32, ignored=0)
+    logits += offset
+    logps, lse, entropy = forward(logits, labels, IGNORE, temperature)
+    exact_logps, exact_statistics, exact_grad = oracle(logits, labels, torch.ones(2, 6), temperature)
+    torch.testing.assert_close(logps.double(), exact_logps, rtol=1e-6, atol=0)
+    torch.testing.assert_close(entropy.double(), exact_statistics[0], rtol=1e-6, atol=0)
+    # In one float32, the log-sum-exp alone would be off by up to 4e-3 at 1e5, and every probability with it.
+    grad = OP.token_logps_bwd(torch.ones(2, 6), logits, labels, lse, IGNORE, temperature, None)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e5])
+def test_logits_of_great_spread_keep_their_digits(scale):
+    logits, labels = sample((2, 6, 3001), torch.float32, scale=scale)
     logps, lse, _ = forward(logits, labels, IGNORE, 1.0)
     exact_logps, _, exact_grad = oracle(logits, labels, torch.ones(2, 6), 1.0)
     torch.testing.assert_close(logps.double(), exact_logps, rtol=1e-6, atol=1e-6)
-    # The log-sum-exp in one float32 would be known to half a unit in its last place, 2e-3 at 4e4.
     grad = OP.token_logps_bwd(torch.ones(2, 6), logits, labels, lse, IGNORE, 1.0, None)
-    torch.testing.assert_close(grad.double(), exact_grad, rtol=0, atol=1e-5)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_near_the_soft_cap_the_gradient_keeps_its_digits(dtype):
+    # 1 - tanh^2 would have none left at 8 caps, where it is 5e-7.
+    logits = torch.linspace(-12, 12, 1001, dtype=torch.float64).to(dtype).view(1, 1, -1)
+    labels = torch.tensor([[500]])
+    _, lse, _ = forward(logits, labels, IGNORE, 1.0, 1.5)
+    grad = OP.token_logps_bwd(torch.ones(1, 1, dtype=lse.dtype), logits, labels, lse, IGNORE, 1.0, 1.5)
+    exact = logits.double()
+    slope = 1 / torch.cosh(exact / 1.5).square()
+    target = torch.nn.functional.one_hot(labels, 1001)
+    exact_grad = (target - (1.5 * torch.tanh(exact / 1.5)).softmax(-1)) * slope
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=TOLERANCES[dtype][1], atol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_under_a_soft_cap_infinity_is_the_cap(value, dtype):
+    logits, labels = sample((1, 2, 3000), dtype, ignored=0)
+    labels[:] = 17
+    logits[..., [0, 1500, 2999]] = math.copysign(6e4, value)
+    wanted = OP.token_logps(logits, labels, IGNORE, 1.0, 5.0, 3)
+    logits[..., [0, 1500, 2999]] = value
+    outputs = OP.token_logps(logits, labels, IGNORE, 1.0, 5.0, 3)
+    assert all(map(torch.equal, outputs, wanted))
+    grad = OP.token_logps_bwd(torch.ones_like(wanted[0]), logits, labels, wanted[1], IGNORE, 1.0, 5.0)
+    assert not grad[..., [0, 1500, 2999]].any()
+    assert grad.isfinite().all()
+
+
+def test_every_largest_logit_is_a_top1_hit_and_no_other():
+    logits = torch.tensor([[[200.0, 300.0, 300.0, 1.0]] * 4])
+    labels = torch.arange(4).view(1, 4)
+    for softcap in (None, 5.0):  # which rounds the first three to one number
+        _, _, statistics = OP.token_logps(logits, labels, IGNORE, 1.0, softcap, 3)
+        assert statistics[1].tolist() == [[0.0, 1.0, 1.0, 0.0]]
 
 
 def test_logits_at_the_ends_of_float32_do_not_overflow():
@@ -183,6 +269,7 @@ def test_tokens_of_logit_minus_infinity_cannot_occur():
     logps, lse, entropy = forward(logits, labels, IGNORE, 1.0)
     assert logps[0, 0] == -math.inf
     assert entropy.isfinite().all()
+    assert (OP.token_logps(logits, labels, IGNORE, 1.0, None, 3)[2][2] == -math.inf).all()
     grad = OP.token_logps_bwd(torch.ones(2, 4), logits, labels, lse, IGNORE, 1.0, None)
     assert torch.equal(grad[1, :, 100:2900], torch.zeros(4, 2800))
     logits, labels = logits[1:], labels[1:]
@@ -195,18 +282,20 @@ def test_tokens_of_logit_minus_infinity_cannot_occur():
 def test_nan_or_plus_infinity_spoils_its_row_and_no_other(where, bad, dtype):
     logits, labels = sample((1, 3, 3000), dtype, ignored=0)
     logits[0, 1, where] = bad
-    logps, lse, entropy = forward(logits, labels, IGNORE, 1.0)
-    grad = OP.token_logps_bwd(torch.ones_like(logps), logits, labels, lse, IGNORE, 1.0, None)
-    for tensor in (logps, *lse, entropy, grad):
-        assert tensor[0, 1].isnan().all()
-        assert tensor[0, [0, 2]].isfinite().all()
+    for softcap in (None, 5.0) if math.isnan(bad) else (None,):
+        logps, lse, (entropy, top1, mean) = OP.token_logps(logits, labels, IGNORE, 1.0, softcap, 3)
+        grad = OP.token_logps_bwd(torch.ones_like(logps), logits, labels, lse, IGNORE, 1.0, softcap)
+        assert top1[0, 1] == 0
+        for tensor in (logps, *lse, entropy, mean, grad):
+            assert tensor[0, 1].isnan().all()
+            assert tensor[0, [0, 2]].isfinite().all()
 
 
 def test_a_row_of_minus_infinity_is_nan_as_in_torch():
     logits, labels = torch.full((1, 1, 2000), -math.inf), torch.tensor([[3]])
     logps, lse, _ = forward(logits, labels, IGNORE, 1.0)
     assert logps.isnan().all()
-    assert lse[0] == -math.inf
+    assert lse.flatten().tolist() == [-math.inf, -math.inf]
     assert OP.token_logps_bwd(torch.ones(1, 1), logits, labels, lse, IGNORE, 1.0, None).isnan().all()
 
 
@@ -223,13 +312,18 @@ def test_the_target_is_subtracted_before_rounding_to_bfloat16():
 # ---- which rows are read and written --------------------------------------------------------------------------------
 
 
-def test_ignored_rows_are_neither_read_nor_given_a_gradient():
-    logits, labels = sample((3, 8, 600), torch.float32)
-    logits[labels == IGNORE] = math.nan
-    logps, lse, entropy = forward(logits, labels, IGNORE, 1.0)
-    grad = OP.token_logps_bwd(torch.ones(3, 8), logits, labels, lse, IGNORE, 1.0, None)
-    for tensor in (logps, *lse, entropy, grad):
-        assert torch.equal(tensor[labels == IGNORE], torch.zeros_like(tensor[labels == IGNORE]))
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("ignored", [0.3, 1.0])
+def test_ignored_rows_are_neither_read_nor_given_a_gradient(ignored, softcap):
+    logits, labels = sample((3, 8, 600), torch.float32, ignored=ignored)
+    masked = labels == IGNORE
+    logits[masked] = math.nan
+    logps, lse, statistics = OP.token_logps(logits, labels, IGNORE, 1.0, softcap, 3)
+    grad_logps = torch.where(masked, math.nan, 1.0)
+    grad = OP.token_logps_bwd(grad_logps, logits, labels, lse, IGNORE, 1.0, softcap)
+    OP.token_logps_bwd_out(grad_logps, logits, labels, lse, IGNORE, 1.0, softcap, 0, logits)
+    for tensor in (logps, *lse, *statistics, grad, logits):
+        assert torch.equal(tensor[masked], torch.zeros_like(tensor[masked]))
         assert tensor.isfinite().all()
 
 
@@ -237,11 +331,11 @@ def test_every_element_of_the_results_is_written():
     logits, labels = sample((2, 7, 1030), torch.float32)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     try:
-        logps, lse, entropy = forward(logits, labels, IGNORE, 1.0)
-        grad = OP.token_logps_bwd(torch.ones(2, 7), logits, labels, lse, IGNORE, 1.0, None)
+        outputs = OP.token_logps(logits, labels, IGNORE, 1.0, None, 3)
+        grad = OP.token_logps_bwd(torch.ones(2, 7), logits, labels, outputs[1], IGNORE, 1.0, None)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(tensor.isfinite().all() for tensor in (logps, lse, entropy, grad))
+    assert all(tensor.isfinite().all() for tensor in (*outputs, grad))
 
 
 def test_ignore_index_may_be_a_token():
@@ -302,13 +396,32 @@ def test_in_place_backward_refuses_logits_that_share_memory():
         OP.token_logps_bwd_out(torch.ones(2, 3), logits, labels, torch.zeros(2, 2, 3), IGNORE, 1.0, None, 0, logits)
 
 
-@pytest.mark.parametrize("shape", [(), (3, 1), (1, 6)])
-def test_the_incoming_gradient_may_be_expanded(shape):
+def test_in_place_backward_refuses_a_gradient_that_runs_into_the_logits():
+    logits, labels = sample((1, 4, 8), torch.float32, ignored=0)
+    lse = torch.zeros(2, 1, 3)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        OP.token_logps_bwd_out(
+            torch.ones(1, 3), logits[:, :3], labels[:, :3].contiguous(), lse, IGNORE, 1.0, None, 0, logits[:, 1:]
+        )
+
+
+GRADIENTS = {
+    "of a sum": lambda values: values[0, 0].expand(3, 6),
+    "of sums over the tokens": lambda values: values[:, :1].expand(3, 6),
+    "of sums over the batch": lambda values: values[:1].expand(3, 6),
+    "transposed": lambda values: values.t().contiguous().t(),
+    "every other": lambda values: values.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", GRADIENTS)
+def test_the_incoming_gradient_may_have_any_strides(layout):
     logits, labels = sample((3, 6, 50), torch.float32)
     _, lse, _ = forward(logits, labels, IGNORE, 1.0)
-    expanded = torch.linspace(1, 2, math.prod(shape)).view(shape).expand(3, 6)
+    strided = GRADIENTS[layout](torch.linspace(1, 2, 18).view(3, 6))
+    assert not strided.is_contiguous()
     grads = [
-        OP.token_logps_bwd(grad, logits, labels, lse, IGNORE, 1.0, None) for grad in (expanded, expanded.contiguous())
+        OP.token_logps_bwd(grad, logits, labels, lse, IGNORE, 1.0, None) for grad in (strided, strided.contiguous())
     ]
     assert torch.equal(*grads)
 
@@ -326,6 +439,25 @@ def test_a_label_outside_the_vocabulary_is_named(label):
     message = rf"labels\[2, 1\] is {label}, but must be in \[0, 50\)"
     with pytest.raises(ValueError, match=message):
         forward(logits, labels, IGNORE, 1.0)
+
+
+def test_bad_options_and_results_are_named():
+    logits, labels = sample((2, 3, 8), torch.float32)
+    for options, message in [
+        ((0.0, None, 0), "temperature must be > 0, got 0"),
+        ((1.0, -1.0, 0), "softcap must be > 0 or None, got -1"),
+        ((1.0, None, 2), "n_statistics must be 0, 1 or 3, got 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            OP.token_logps(logits, labels, IGNORE, *options)
+    ones, lse = torch.ones(2, 3), torch.zeros(2, 2, 3)
+    with pytest.raises(ValueError, match=r"grad_logps must have shape \[2, 3\], got \[3, 2\]"):
+        OP.token_logps_bwd(ones.t(), logits, labels, lse, IGNORE, 1.0, None)
+    with pytest.raises(ValueError, match=r"lse must have shape \[2, 2, 3\], got \[2, 3\]"):
+        OP.token_logps_bwd(ones, logits, labels, lse[0], IGNORE, 1.0, None)
+    for result in (logits.double(), logits[..., :-1], torch.zeros(2, 8, 3).transpose(1, 2)):
+        with pytest.raises(ValueError, match=r"grad_logits must be as logits"):
+            OP.token_logps_bwd_out(ones, logits, labels, lse, IGNORE, 1.0, None, 0, result)
 
 
 # ---- derivatives ----------------------------------------------------------------------------------------------------
@@ -355,9 +487,9 @@ def test_the_same_bits_whatever_the_number_of_threads(dtype):
     try:
         for count in (1, 2, 2, 3):
             torch.set_num_threads(count)
-            logps, lse, entropy = forward(logits, labels, IGNORE, 0.9)
-            grad = OP.token_logps_bwd(torch.ones(2, 40), logits, labels, lse, IGNORE, 0.9, None)
-            results.append((logps, lse, entropy, grad))
+            outputs = OP.token_logps(logits, labels, IGNORE, 0.9, 5.0, 3)
+            grad = OP.token_logps_bwd(torch.ones(2, 40), logits, labels, outputs[1], IGNORE, 0.9, 5.0)
+            results.append((*outputs, grad))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -380,8 +512,16 @@ for dtype in t.TOLERANCES:
     for V in (1, 33, 2051):
         t.assert_agrees_with_naive(*t.sample((2, 5, V), dtype), 0.6)
         t.assert_agrees_with_naive(*t.sample((2, 5, V), dtype), 0.6, 5.0)
-    t.test_nan_or_plus_infinity_spoils_its_row_and_no_other(1500, float("nan"), dtype)
+    for bad in ("nan", "inf"):
+        t.test_nan_or_plus_infinity_spoils_its_row_and_no_other(1500, float(bad), dtype)
+    t.test_under_a_soft_cap_infinity_is_the_cap(float("inf"), dtype)
+    t.test_extreme_temperatures(1e-3, dtype)
+    t.test_a_vocabulary_of_one_has_probability_one_and_no_gradient(dtype, 1.5)
+t.test_near_the_soft_cap_the_gradient_keeps_its_digits(torch.float32)
 t.test_tokens_of_logit_minus_infinity_cannot_occur()
+for temperature in (1.0, 0.7):
+    t.test_logits_far_from_zero_keep_their_digits(1e5, temperature)
+    t.test_long_rows_keep_the_digits_of_their_sum(temperature)
 """
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability.lower(), "PYTHONPATH": os.path.dirname(__file__)}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
