@@ -170,7 +170,7 @@ def linear_sequence_logps(
             lora_A(dropout(hidden)), lora_B.weight).
         softcap: Gemma's logit soft cap c; None is no cap.
         logit_scale: Cohere's factor s of the logits (Granite divides by its).
-        chunk_size: tokens whose logits may be held at a time; by default 24 MiB on a CPU, 1/256 of a GPU's memory.
+        chunk_size: tokens whose logits may be held at a time; by default 6 MiB on a CPU, 1/256 of a GPU's memory.
         recompute: compute the logits again in the backward. By default those of the first H tokens wait in the
             memory of the weight's gradient, which is therefore allocated in the forward; with several calls before one
             backward these add up.

@@ -36,19 +36,19 @@ class Options(NamedTuple):
     softcap: float | None
     chunk_size: int | None  # tokens whose logits the workspace holds; None for a size by the device
 
-    def tokens(self, weight: Tensor) -> int:
-        """Tokens whose logits fit the workspace.
+    def workspace_logits(self, weight: Tensor) -> int:
+        """Logits that the workspace holds: `chunk_size` tokens' worth, or by the device.
 
-        24 MiB on a CPU, which its cache holds, with tiles still wide enough for products at full speed. 1/256 of a
-        GPU's memory: thousands of tokens. Its memory, not what is free of it: that differs from run to run, and with
-        it would the order of summation and the last bits.
+        6 MiB on a CPU: its cache holds them between the products and the row kernels, and tiles are still wide enough
+        for products at full speed. 1/256 of a GPU's memory: thousands of columns, for few launches. Its memory, not
+        what is free of it: that differs from run to run, and with it would the order of summation and the last bits.
         """
         if self.chunk_size is not None:
-            return self.chunk_size
-        total = 6 << 30
+            return self.chunk_size * len(weight)
+        size = 6 << 20
         if weight.is_cuda:
-            total = torch.cuda.get_device_properties(weight.device).total_memory
-        return max(64, total // 256 // max(1, weight.shape[0] * weight.element_size()))
+            size = torch.cuda.get_device_properties(weight.device).total_memory // 256
+        return size // weight.element_size()
 
 
 class Head(NamedTuple):
@@ -135,7 +135,7 @@ def tiles(n_vocabulary: int, width: int) -> Iterator[slice]:
 def tile_width(n_tokens: int, head: Head, options: Options) -> int:
     """Columns of a tile that has all tokens: as many as the workspace holds, in even parts of whole 128s."""
     n_vocabulary = len(head.weight)
-    most = max(NARROWEST_TILE, options.tokens(head.weight) * n_vocabulary // max(1, n_tokens))
+    most = max(NARROWEST_TILE, options.workspace_logits(head.weight) // max(1, n_tokens))
     n_tiles = -(-n_vocabulary // most)
     width = -(-n_vocabulary // n_tiles)
     return min(n_vocabulary, -(-width // 128) * 128)
@@ -420,7 +420,7 @@ def second_derivative(
     to_head = [None if value is None else torch.zeros_like(value) for value in exact]
 
     kept = (labels != options.ignore_index).nonzero().squeeze(-1)
-    for index in kept.split(options.tokens(head.weight)):
+    for index in kept.split(max(64, options.workspace_logits(head.weight) // max(1, len(head.weight)))):
         products = [(place, left.to(dtype), right.to(dtype)) for place, left, right in head.of_tokens(index).products]
         logits = grad_logps.new_zeros(len(index), len(head.weight), dtype=dtype)
         paired = torch.zeros_like(logits)

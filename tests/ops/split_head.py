@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -75,5 +76,5 @@ if __name__ == "__main__":
             for trained in ([0], [0, 1, 2]):
                 check(hidden_size, form, trained)
     dist.barrier()
-    dist.destroy_process_group()
-    sys.exit(0)
+    sys.stdout.flush()
+    os._exit(0)  # the meshes' caches hold groups, whose threads would abort an ordinary exit now and then

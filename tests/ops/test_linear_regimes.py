@@ -161,8 +161,8 @@ def test_tiles_cover_the_vocabulary_once_and_fit_the_workspace(n_tokens, vocabul
     width = tile_width(n_tokens, head, options)
     covered = [index for tile in tiles(vocabulary, width) for index in range(tile.start, tile.stop)]
     assert covered == list(range(vocabulary))
-    # A workspace of 48 MiB and at most 128 columns of rounding, or the narrowest tile that is worth a product.
-    assert n_tokens * width * 4 <= max((48 << 20) + n_tokens * 128 * 4, n_tokens * 256 * 4, 64 * vocabulary * 4)
+    # A workspace of 6 MiB and at most 128 columns of rounding, or the narrowest tile that is worth a product.
+    assert n_tokens * width * 4 <= max((6 << 20) + n_tokens * 128 * 4, n_tokens * 256 * 4)
 
 
 # ---- tiles of odd rows --------------------------------------------------------------------------------------------
