@@ -7,35 +7,16 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <tuple>
 
+#include "large_tensor.h"
 #include "rows.h"
 
 namespace robustloss {
 namespace {
 
 using at::Tensor;
-
-/// A contiguous tensor about to be overwritten. In fresh memory the page faults cost several times what the
-/// kernel does, so a large one asks Linux for huge pages; where there are none, nothing is lost.
-Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
-    Tensor tensor = at::empty(sizes, options);
-#ifdef __linux__
-    constexpr size_t page = 4096, huge_page = 2 << 20;
-    if (tensor.nbytes() >= 2 * huge_page) {
-        const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-        const uintptr_t begin = (address + page - 1) / page * page;
-        const uintptr_t end = (address + tensor.nbytes()) / page * page;
-        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-    }
-#endif
-    return tensor;
-}
 
 std::tuple<Tensor, Tensor, Tensor> token_logps(const Tensor& logits, const Tensor& labels,
                                                int64_t ignore_index, double temperature,
@@ -129,7 +110,7 @@ void token_logps_bwd_out(const Tensor& grad_logps, const Tensor& logits, const T
 Tensor token_logps_bwd(const Tensor& grad_logps, const Tensor& logits, const Tensor& labels,
                        const Tensor& lse, int64_t ignore_index, double temperature,
                        std::optional<double> softcap) {
-    Tensor grad = empty_in_huge_pages(logits.sizes(), logits.options());
+    Tensor grad = empty_large(logits.sizes(), logits.options());
     token_logps_bwd_out(grad_logps, logits, labels, lse, ignore_index, temperature, softcap, 0, grad);
     return grad;
 }

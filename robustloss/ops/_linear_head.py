@@ -299,8 +299,8 @@ def forward_with_jacobian(
         if options.softcap is not None:
             logit = torch.zeros_like(others) if head.bias is None else head.bias[target].to(others.dtype)
             for _, left, right in rows.products:
-                logit = logit + (left * right[target]).sum(-1, dtype=jacobian.dtype)
-            slope = 1 - torch.tanh(logit / options.softcap).square()
+                logit = logit + (left.to(logit.dtype) * right[target].to(logit.dtype)).sum(-1)
+            slope = torch.cosh(logit / options.softcap).square().reciprocal()
         jacobian.addcmul_(head.weight[target].to(jacobian.dtype), (others * slope / options.temperature).unsqueeze(-1))
     return merge(parts), kept, jacobian
 

@@ -145,7 +145,7 @@ def soft_cap_derivatives(logits: Tensor, softcap: float | None) -> tuple[Tensor,
     if softcap is None:
         return logits, torch.ones_like(logits), torch.zeros_like(logits)
     ratio = torch.tanh(logits / softcap)
-    slope = 1 - ratio.square()
+    slope = torch.cosh(logits / softcap).square().reciprocal()  # near the cap, 1 - tanh^2 has no digits left
     return softcap * ratio, slope, -2 / softcap * ratio * slope
 
 

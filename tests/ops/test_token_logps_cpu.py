@@ -359,6 +359,33 @@ def test_rows_beyond_two_to_the_31_elements_are_found():
     assert logps.count_nonzero() == 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere large gradients are ordinary memory")
+def test_a_large_gradient_takes_the_memory_that_the_last_one_left():
+    logits, labels = sample((1, 40, 40_000), torch.float32)
+    _, lse, _ = forward(logits, labels, IGNORE, 1.0)
+
+    def gradient(factor):
+        return OP.token_logps_bwd(torch.full((1, 40), factor), logits, labels, lse, IGNORE, 1.0, None)
+
+    first = gradient(1.0)
+    kept, address = first.clone(), first.data_ptr()
+    second = gradient(2.0)
+    assert second.data_ptr() != address  # while it is held, it is nobody else's
+    assert torch.equal(first, kept)
+    del first
+    again = gradient(1.0)
+    assert again.data_ptr() == address
+    assert torch.equal(again, kept)
+    torch.testing.assert_close(second, 2 * kept)
+    del again
+    # A much smaller or larger one gets memory of its own.
+    small = OP.token_logps_bwd(
+        torch.ones(1, 12), logits[:, :12], labels[:, :12].contiguous(), lse[:, :, :12], IGNORE, 1.0, None
+    )
+    assert small.data_ptr() != address
+    torch.testing.assert_close(small, kept[:, :12])
+
+
 # ---- layouts --------------------------------------------------------------------------------------------------------
 
 LAYOUTS = {
