@@ -4,6 +4,7 @@
 #include <ATen/ops/from_blob.h>
 
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 #ifdef __linux__
@@ -58,10 +59,8 @@ class SpareBlock {
     }
 };
 
-SpareBlock& spare_block() {
-    static auto* const spare = new SpareBlock;  // never destroyed: a tensor may outlive what is static
-    return *spare;
-}
+SpareBlock spare_block;
+static_assert(std::is_trivially_destructible_v<SpareBlock>, "a tensor may outlive what is static");
 
 }  // namespace
 #endif
@@ -70,10 +69,10 @@ at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) 
 #ifdef __linux__
     const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
     if (bytes >= kLarge) {
-        const Block block = spare_block().take(bytes);
+        const Block block = spare_block.take(bytes);
         if (block.address != nullptr) {
             return at::from_blob(
-                block.address, sizes, [block](void*) { spare_block().give_back(block); }, options);
+                block.address, sizes, [block](void*) { spare_block.give_back(block); }, options);
         }
     }
 #endif

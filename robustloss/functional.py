@@ -159,7 +159,8 @@ def linear_sequence_logps(
     .. math:: \text{logits} = s \cdot c \tanh\big((h W^\top + u U^\top + b) / c\big)
 
     With 2 N H V flops a product, N the counted tokens: 2 NHV where nothing needs a gradient, 4 NHV where only the
-    hidden states do, 6 NHV (up to H tokens, 8 NHV for many more) where the weight does. See `robustloss.ops.linear_token_logps`.
+    hidden states do, 6 NHV (up to H tokens, 8 NHV for many more) where the weight does. See the module
+    `robustloss.ops.linear_token_logps`.
 
     Args:
         hidden: [B, T, H], or [N, H] or [1, N, H] with `cu_seqlens`: the last hidden states h.
