@@ -318,7 +318,9 @@ def test_linear_logratios_of_models_of_different_width(labels):
 # ---- torch.compile ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["token_logps", "sequence_logps", "packed", "linear", "logratios", "linear_logratios"])
+@pytest.mark.parametrize(
+    "name", ["token_logps", "sequence_logps", "packed", "linear", "linear, frozen", "logratios", "linear_logratios"]
+)
 def test_torch_compile_takes_every_function_as_one_graph(labels, name):
     logits, (hidden, weight, bias) = make_logits(), make_head()
     cu_seqlens = torch.tensor([0, 5, 18])
@@ -329,6 +331,7 @@ def test_torch_compile_takes_every_function_as_one_graph(labels, name):
             logits.flatten(0, 1), labels.flatten(), cu_seqlens=cu_seqlens, shift=True
         ),
         "linear": lambda: functional.linear_sequence_logps(hidden, weight, labels, bias=bias, softcap=2.0, shift=True),
+        "linear, frozen": lambda: functional.linear_sequence_logps(hidden, weight.detach(), labels, average=True),
         "logratios": lambda: functional.sequence_logratios(logits, logits.detach().sin(), labels),
         "linear_logratios": lambda: functional.linear_sequence_logratios(
             hidden, weight, hidden.detach().sin(), weight.detach(), labels
@@ -336,7 +339,7 @@ def test_torch_compile_takes_every_function_as_one_graph(labels, name):
     }
     if name == "sequence_logps":
         logits = logits * 1
-    inputs = (hidden, weight) if "linear" in name else (logits,)
+    inputs = (hidden,) if "frozen" in name else (hidden, weight) if "linear" in name else (logits,)
     expected = functions[name]()
     wanted = torch.autograd.grad(expected.sum(), inputs)
     if name == "sequence_logps":
