@@ -109,8 +109,8 @@ def test_zero_divides_the_memory_and_not_the_mathematics(results, world):
             for cell in cells()
             if cell[:3] == (loss, stage, precision)
         ]
-        # Stages reduce bfloat16 gradients in other orders, and six large steps on weights of 8 bits magnify the last bit:
-        # correct runs of the same cell, eager or fused, end up to 0.6% apart.
+        # Stages reduce bfloat16 gradients in other orders, and six large steps on weights of 8 bits magnify the last
+        # bit: correct runs of the same cell, eager or fused, end up to 0.6% apart.
         assert pair[0] == pytest.approx(pair[1], rel=1e-4 if precision == "fp32" else 2e-2)
 
 
