@@ -75,8 +75,8 @@ def check_head(
     adapter: tuple[Tensor, Tensor] | None,
     labels: Tensor,
     temperature: float,
-    vocabulary: int | None,
     ignore_index: int,
+    whole: bool,  # weight has the whole vocabulary, so that labels can be held against it
 ) -> Head:
     """The head's tensors with one row a token, once they fit together."""
     check_tensor("hidden", hidden)
@@ -108,9 +108,9 @@ def check_head(
                 f"{name} must have hidden's dtype {hidden.dtype}, got {value.dtype}; cast one, or use autocast"
             )
     check_labels(labels, hidden, "hidden", temperature)
-    if vocabulary is not None:
+    if whole:
         # Here, because the ops see labels by the tile, and would name the wrong position.
-        check_labels_in_range(labels, vocabulary, ignore_index)
+        check_labels_in_range(labels, len(weight), ignore_index)
     adapter_hidden = values.get("adapter[0]")
     return Head(
         hidden.flatten(0, -2),

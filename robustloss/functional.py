@@ -35,6 +35,7 @@ from robustloss._inputs import (
     local_part,
     prepare_labels,
 )
+from robustloss.naive.token_logps import statistics_dtype
 from robustloss.ops._linear_head import Head, Options
 from robustloss.ops.linear_token_logps_with_gradient import KnownGradient
 from robustloss.ops.token_logps import InplaceTokenLogps
@@ -189,8 +190,8 @@ def linear_sequence_logps(
     """
     n_statistics = count_statistics(return_entropy, return_statistics)
     weight, bias, process_group, vocabulary_start = local_part(weight, bias, process_group, vocabulary_start)
-    vocabulary = len(weight) if process_group is None and isinstance(weight, Tensor) and weight.ndim == 2 else None
-    head = check_head(hidden, weight, bias, adapter, labels, temperature, vocabulary, ignore_index)
+    whole = process_group is None
+    head = check_head(hidden, weight, bias, adapter, labels, temperature, ignore_index, whole)
     check_packing(labels, cu_seqlens)
     labels = prepare_labels(labels, shift, ignore_index, cu_seqlens)
     options = linear_options(ignore_index, temperature, softcap, logit_scale, chunk_size)
@@ -245,7 +246,7 @@ def linear_sequence_logps_with_cotangent(
     weight, bias, process_group, _ = local_part(weight, bias, None, None)
     if process_group is not None:
         raise ValueError("weight is sharded over the vocabulary; use linear_sequence_logps, which can be split")
-    head = check_head(hidden, weight, bias, adapter, labels, temperature, len(weight), ignore_index)
+    head = check_head(hidden, weight, bias, adapter, labels, temperature, ignore_index, whole=True)
     check_packing(labels, cu_seqlens)
     n_sequences = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     check_shape("cotangent", check_tensor("cotangent", cotangent), (n_sequences,), "one number a sequence")
@@ -256,8 +257,8 @@ def linear_sequence_logps_with_cotangent(
     with torch.autocast(hidden.device.type, enabled=False):
         with torch.enable_grad():
             # The adjoint of the sum over tokens, as autograd has it.
-            zeros = torch.zeros(flat.shape, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-            zeros = zeros.to(labels.device).requires_grad_()
+            dtype = statistics_dtype(head.hidden.dtype)
+            zeros = torch.zeros(flat.shape, dtype=dtype, device=flat.device, requires_grad=True)
             sums, _ = torch.ops.robustloss.sequence_sum(zeros, flat, cu_seqlens, ignore_index, average)
             (grad_logps,) = torch.autograd.grad(sums, zeros, cotangent.detach().to(sums.dtype))
         surrogate, logps = KnownGradient.apply(*head, labels.flatten(), grad_logps.flatten(), options)

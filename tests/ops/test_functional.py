@@ -423,6 +423,8 @@ def test_bad_heads_are_named(labels):
         functional.linear_sequence_logps(hidden, weight, labels, vocabulary_start=3)
     with pytest.raises(ValueError, match=r"cotangent must have shape \(3,\)"):
         functional.linear_sequence_logps_with_cotangent(hidden, weight, labels, torch.ones(2))
+    with pytest.raises(TypeError, match=r"weight must be a torch.Tensor, got NoneType"):
+        functional.linear_sequence_logps_with_cotangent(hidden, None, labels, torch.ones(3))
     with pytest.raises(ValueError, match="return_entropy and return_statistics are both True"):
         functional.linear_sequence_logps(hidden, weight, labels, return_entropy=True, return_statistics=True)
 
