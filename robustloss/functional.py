@@ -261,7 +261,9 @@ def linear_sequence_logps_with_cotangent(
             zeros = torch.zeros(flat.shape, dtype=dtype, device=flat.device, requires_grad=True)
             sums, _ = torch.ops.robustloss.sequence_sum(zeros, flat, cu_seqlens, ignore_index, average)
             (grad_logps,) = torch.autograd.grad(sums, zeros, cotangent.detach().to(sums.dtype))
-        surrogate, logps = KnownGradient.apply(*head, labels.flatten(), grad_logps.flatten(), options)
+        surrogate, logps = KnownGradient.apply(
+            *head, labels.flatten(), grad_logps.flatten(), options, _needs_gradient(head)
+        )
     logps = _reduce(logps.view(labels.shape), logps.new_empty(0), labels, ignore_index, average, cu_seqlens)
     return surrogate, cast(Tensor, logps)
 
@@ -382,16 +384,21 @@ def _from_hidden(
     vocabulary_start: int,
 ) -> tuple[Tensor, Tensor]:
     """Per-token log-probabilities and statistics, in the regime that the gradients that are needed ask for."""
-    needs = [value is not None and value.requires_grad and torch.is_grad_enabled() for value in head]
-    if process_group is not None or (needs[1] and not recompute and not torch.compiler.is_compiling()):
+    needs = _needs_gradient(head)
+    waits = needs[1] and not recompute and not torch.compiler.is_compiling()
+    if process_group is not None or waits:
         logps, _, statistics = TrainableHead.apply(
-            *head, labels, options, n_statistics, process_group, vocabulary_start
+            *head, labels, options, n_statistics, waits, process_group, vocabulary_start
         )
     elif needs == [True, False, False, False, False]:
         logps, _, statistics, _ = torch.ops.robustloss.frozen_linear_token_logps(*head, labels, *options, n_statistics)
     else:
         logps, _, statistics = torch.ops.robustloss.linear_token_logps(*head, labels, *options, n_statistics)
     return logps, statistics
+
+
+def _needs_gradient(head: Head) -> list[bool]:
+    return [value is not None and value.requires_grad and torch.is_grad_enabled() for value in head]
 
 
 def _reduce(

@@ -186,23 +186,19 @@ def statistics_of(
     return merge(parts)
 
 
-def scatter(part: Part, kept: Tensor | slice, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(logps, lse, statistics) of all tokens, 0 where they do not count."""
-    if isinstance(kept, slice):
-        return part[:3]
-    full = [value.new_zeros(*value.shape[:-1], n_tokens) for value in part[:3]]
-    for whole, value in zip(full, part[:3], strict=True):
-        whole[..., kept] = value
-    return full[0], full[1], full[2]
-
-
-def spread(values: Tensor, kept: Tensor | slice, n_tokens: int) -> Tensor:
-    """Rows of the counted tokens among all tokens' [N, .], 0 elsewhere."""
+def spread(values: Tensor, kept: Tensor | slice, n_tokens: int, dim: int = 0) -> Tensor:
+    """The counted tokens' values along `dim` among all tokens', 0 elsewhere."""
     if isinstance(kept, slice):
         return values
-    full = values.new_zeros(n_tokens, values.shape[1])
-    full[kept] = values
-    return full
+    shape = list(values.shape)
+    shape[dim] = n_tokens
+    return values.new_zeros(shape).index_copy_(dim, kept, values)
+
+
+def scatter(part: Part, kept: Tensor | slice, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps, lse, statistics) of all tokens, 0 where they do not count."""
+    logps, lse, statistics = (spread(value, kept, n_tokens, dim=-1) for value in part[:3])
+    return logps, lse, statistics
 
 
 def workspace(head: Head, width: int) -> Callable[[slice], Tensor]:

@@ -32,8 +32,8 @@ class KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments: Any):
-        *tensors, labels, grad_logps, options = arguments
-        head, needs = Head(*tensors), list(ctx.needs_input_grad[:5])
+        *tensors, labels, grad_logps, options, needs = arguments
+        head = Head(*tensors)
         if needs == [True, False, False, False, False]:
             part, kept, jacobian = forward_with_jacobian(head, labels, options, 0)
             logps = scatter(part, kept, len(labels))[0]
@@ -52,7 +52,7 @@ class KnownGradient(torch.autograd.Function):
             raise RuntimeError(
                 "the gradients of linear_sequence_logps_with_cotangent are given out once; call it again"
             )
-        return *[None if gradient is None else gradient.mul_(upstream) for gradient in gradients], *[None] * 3
+        return *[None if gradient is None else gradient.mul_(upstream) for gradient in gradients], *[None] * 4
 
 
 def _in_groups(
@@ -85,4 +85,4 @@ def _in_groups(
         if values and like is not None:
             whole = spread(torch.cat(values), kept, len(labels)) if place in OF_TOKENS else values[0]
             gradients[place] = whole.to(like.dtype)
-    return spread(torch.cat(logps).unsqueeze(-1), kept, len(labels)).squeeze(-1), gradients
+    return spread(torch.cat(logps), kept, len(labels)), gradients

@@ -22,10 +22,10 @@ class TrainableHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments: Any):
-        *tensors, labels, options, n_statistics, group, vocabulary_start = arguments
+        *tensors, labels, options, n_statistics, waits, group, vocabulary_start = arguments
         head = Head(*tensors)
         ctx.waiting = None
-        if ctx.needs_input_grad[1]:
+        if waits:
             ctx.waiting = head.weight.new_empty(head.weight.shape)
             part, kept = forward_waiting(head, labels, options, n_statistics, vocabulary_start, ctx.waiting)
         else:
@@ -61,7 +61,7 @@ class TrainableHead(torch.autograd.Function):
                 for gradient in (gradients[0], gradients[3]):  # every rank has the logits of its part only
                     if gradient is not None:
                         dist.all_reduce(gradient, group=ctx.group)
-        return *gradients, *[None] * 5
+        return *gradients, *[None] * 6
 
 
 def gather_parts(part: Part, group: dist.ProcessGroup) -> list[Part]:

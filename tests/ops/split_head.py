@@ -16,7 +16,7 @@ VOCABULARY = 37  # 19 tokens on the first rank and 18 on the second, as torch.ch
 OPTIONS = {"softcap": 3.0, "shift": True, "chunk_size": 2}
 
 
-def check(hidden_size: int, form: str, trained: list[int]) -> None:
+def check(hidden_size: int, form: str, trained: list[int], recompute: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 6, hidden_size), (VOCABULARY, hidden_size), (VOCABULARY,)]
     tensors = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
@@ -44,8 +44,11 @@ def check(hidden_size: int, form: str, trained: list[int]) -> None:
         own = leaves([tensors[0], *[distribute_tensor(value, mesh, placement) for value in tensors[1:]]])
         more = {}
     actual, merged = linear_sequence_logps(
-        own[0], own[1], labels, bias=own[2], return_statistics=True, **OPTIONS, **more
+        own[0], own[1], labels, bias=own[2], return_statistics=True, recompute=recompute, **OPTIONS, **more
     )
+    with torch.no_grad():
+        without_gradient = linear_sequence_logps(own[0], own[1], labels, bias=own[2], **OPTIONS, **more)
+    torch.testing.assert_close(without_gradient, expected.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(list(merged), list(statistics), rtol=1e-12, atol=1e-12)
 
@@ -73,8 +76,8 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     for hidden_size in (3, 20):  # more tokens than H, and fewer
         for form in ("process_group", "sharded", "replicated"):
-            for trained in ([0], [0, 1, 2]):
-                check(hidden_size, form, trained)
+            for trained, recompute in (([0], False), ([0, 1, 2], False), ([0, 1, 2], True)):
+                check(hidden_size, form, trained, recompute)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # the meshes' caches hold groups, whose threads would abort an ordinary exit now and then

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from robustloss import functional
 from robustloss.naive import sequence_logps as naive_sequence
 from robustloss.naive import token_logps as naive_token
+from robustloss.ops import trainable_linear_token_logps
 from robustloss.ops._linear_head import Head, Options, tile_width, tiles
 
 BATCH, TOKENS, VOCABULARY, RANK = 3, 8, 1003, 2
@@ -130,6 +131,25 @@ def test_the_backward_computes_no_logits_that_the_forward_could_keep(logits_made
     assert logits_made[0] == counted * VOCABULARY
     logps.sum().backward()
     assert logits_made[0] - counted * VOCABULARY == round(again * counted) * VOCABULARY
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_weights_gradient_is_allocated_early_only_where_logits_wait_in_it(monkeypatch, recompute):
+    waiting = []
+    forward_waiting = trainable_linear_token_logps.forward_waiting
+    monkeypatch.setattr(
+        trainable_linear_token_logps,
+        "forward_waiting",
+        lambda *arguments: waiting.append(True) or forward_waiting(*arguments),
+    )
+    tensors, labels = make_inputs(40)
+    inputs = [value.requires_grad_() for value in tensors]
+    call(inputs, labels, recompute=recompute)
+    assert bool(waiting) != recompute
+    waiting.clear()
+    with torch.no_grad():
+        call(inputs, labels, recompute=recompute)
+    assert not waiting
 
 
 def test_a_second_backward_through_the_same_graph_gives_the_same(logits_made):
