@@ -13,6 +13,8 @@ from robustloss.functional import (
     linear_sequence_logratios,
     sequence_logps,
     sequence_logratios,
+    soft_rank,
+    soft_sort,
     token_logps,
 )
 from robustloss.losses import (
@@ -45,5 +47,7 @@ __all__ = [
     "linear_sequence_logratios",
     "sequence_logps",
     "sequence_logratios",
+    "soft_rank",
+    "soft_sort",
     "token_logps",
 ]

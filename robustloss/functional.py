@@ -1,4 +1,4 @@
-"""Log-probabilities and log-ratios of sequences.
+"""Log-probabilities and log-ratios of sequences; differentiable sorting from `robustloss.sorting`.
 
 Everything here is a pure function of tensors, twice differentiable, and works under torch.compile(fullgraph=True),
 autocast and torch.no_grad. The functions share these arguments:
@@ -40,6 +40,7 @@ from robustloss.ops._linear_head import Head, Options
 from robustloss.ops.linear_token_logps_with_gradient import KnownGradient
 from robustloss.ops.token_logps import InplaceTokenLogps
 from robustloss.ops.trainable_linear_token_logps import TrainableHead
+from robustloss.sorting import soft_rank, soft_sort
 from robustloss.validation import check_same_device, check_shape, check_tensor
 
 __all__ = [
@@ -49,6 +50,8 @@ __all__ = [
     "linear_sequence_logratios",
     "sequence_logps",
     "sequence_logratios",
+    "soft_rank",
+    "soft_sort",
     "token_logps",
 ]
 
