@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from robustloss.naive.kl_tilt import kl_ball, kl_tilt, kl_tilt_unnormalized, normalized_weights
+from robustloss.naive.worst_case import chi_square_ball, cvar, soft_min, total_variation_ball
 from robustloss.validation import check_number
 
 
@@ -95,3 +96,84 @@ class KLTilt:
             "tilt/tau": tau,
         }
         return value, metrics
+
+
+def _worst_case_metrics(worst_case: Tensor) -> dict[str, Tensor]:
+    return {
+        "tilt/effective_sample_size": worst_case.sum().square() / worst_case.square().sum(),
+        "tilt/max_weight": worst_case.max(),
+    }
+
+
+@dataclass(frozen=True)
+class CVaR:
+    r"""The mean of the worst `alpha` share of the batch, 0 < alpha <= 1 (`naive.worst_case.cvar`)."""
+
+    alpha: float
+
+    coupled = True
+
+    def __post_init__(self):
+        if check_number("alpha", self.alpha, above=0) > 1:
+            raise ValueError(f"alpha must be <= 1, got {self.alpha:g}")
+
+    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        if losses.numel() == 0:
+            return losses.sum(), {}
+        value, worst_case = cvar(losses, alpha=self.alpha, weights=weights)
+        return value, _worst_case_metrics(worst_case)
+
+
+@dataclass(frozen=True)
+class ChiSquare:
+    r"""The worst case in a chi-square ball of radius `rho` >= 0 (`naive.worst_case.chi_square_ball`)."""
+
+    rho: float
+
+    coupled = True
+
+    def __post_init__(self):
+        check_number("rho", self.rho, at_least=0)
+
+    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        if losses.numel() == 0:
+            return losses.sum(), {}
+        value, worst_case = chi_square_ball(losses, rho=self.rho, weights=weights)
+        return value, _worst_case_metrics(worst_case)
+
+
+@dataclass(frozen=True)
+class TotalVariation:
+    r"""The worst case in a total-variation ball of radius 0 <= `rho` <= 1 (`naive.worst_case.total_variation_ball`)."""
+
+    rho: float
+
+    coupled = True
+
+    def __post_init__(self):
+        if check_number("rho", self.rho, at_least=0) > 1:
+            raise ValueError(f"rho must be <= 1, got {self.rho:g}")
+
+    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        if losses.numel() == 0:
+            return losses.sum(), {}
+        value, worst_case = total_variation_ball(losses, rho=self.rho, weights=weights)
+        return value, _worst_case_metrics(worst_case)
+
+
+@dataclass(frozen=True)
+class SoftMin:
+    r"""The soft minimum at temperature `beta_prime` > 0 (`naive.worst_case.soft_min`): hard pairs count less."""
+
+    beta_prime: float
+
+    coupled = True
+
+    def __post_init__(self):
+        check_number("beta_prime", self.beta_prime, above=0)
+
+    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        if losses.numel() == 0:
+            return losses.sum(), {}
+        value, worst_case = soft_min(losses, beta_prime=self.beta_prime, weights=weights)
+        return value, _worst_case_metrics(worst_case)

@@ -27,6 +27,7 @@ class PreferenceLoss(nn.Module):
     coupled: bool  # whether a sample's gradient depends on the other samples of the batch
     needs_embeddings = False  # whether forward differentiates by the input embeddings (`embeddings=`)
     needs_mismatched = False  # whether forward takes log-ratios of mismatched pairs (`kl_logratios=`)
+    needs_groups = False  # whether forward takes the group of each pair (`groups=`)
 
     def __init__(self, beta: float, link: str, label_smoothing: float, reduction: str = "mean"):
         super().__init__()

@@ -46,7 +46,7 @@ def _heaviest(losses: Tensor, nominal: Tensor, share: float) -> Tensor:
     """What is left of the nominal weights when only the largest losses, `share` of the mass, are kept."""
     levels, group = losses.unique(return_inverse=True)  # ascending: equal losses are one
     mass = torch.zeros_like(levels).index_add(0, group, nominal)
-    above = mass.sum() - mass.cumsum(0)
+    above = mass.flip(0).cumsum(0).flip(0) - mass  # summed from the top, where the mass that counts may be tiny
     kept = (share - above).clamp(min=0).minimum(mass) / mass.clamp(min=torch.finfo(mass.dtype).tiny)
     return nominal * kept[group]
 
@@ -63,28 +63,29 @@ def chi_square_ball(losses: Tensor, *, rho: float, weights: Tensor | None = None
     nominal, fixed = _double(losses, weights)
     maximum = fixed[nominal > 0].max()
     at_maximum = torch.where(fixed == maximum, nominal, 0.0)
-    if rho == 0 or (1 + rho) * at_maximum.sum() >= 1:
-        return _linear(losses, nominal if rho == 0 else at_maximum / at_maximum.sum())
+    mass_below = nominal[fixed < maximum].sum()
+    if rho * at_maximum.sum() >= mass_below:
+        return _linear(losses, at_maximum / at_maximum.sum())
+    if rho == 0:
+        return _linear(losses, nominal)
     shifted = torch.where(nominal > 0, losses.double() - maximum, 0.0)
-    eta = _solve_threshold(shifted.detach(), nominal, rho)
-    # d^2 L / d eta^2 moves eta with the losses: one Newton step, of length zero, whose derivatives are those of eta.
-    slope, curvature = _dual_derivatives(shifted, nominal, rho, eta)
-    eta = eta - slope / curvature.detach()
-    excess = (shifted - eta).relu()
-    root = (nominal * excess.square()).sum().sqrt()
-    value = maximum + eta + math.sqrt(1 + rho) * root
-    worst_case = (nominal * excess).detach()
-    return value.to(losses.dtype), (worst_case / worst_case.sum()).to(losses.dtype)
-
-
-def _dual_derivatives(shifted: Tensor, nominal: Tensor, rho: float, eta: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and second derivative by eta of eta + sqrt(1 + rho) (sum q (l - eta)_+^2)^(1/2)."""
-    excess = (shifted - eta).relu()
-    mass = nominal[excess.detach() > 0].sum()
+    spread = -shifted.min().detach()
+    scaled = shifted / spread  # in [-1, 0]: the squares of any losses stay within range
+    eta = _solve_threshold(scaled.detach(), nominal, rho)
+    excess = (scaled - eta).relu()
     first, second = (nominal * excess).sum(), (nominal * excess.square()).sum()
-    slope = 1 - math.sqrt(1 + rho) * first / second.sqrt()
-    curvature = math.sqrt(1 + rho) * (mass * second - first.square()) / second.pow(1.5)
-    return slope, curvature
+    dual = eta + math.sqrt(1 + rho) * second.sqrt()
+    worst_case = (nominal * excess).detach() / first.detach()
+    # The differences are exactly zero; at a small radius the dual is a difference of two large numbers. eta moves with
+    # the losses, which leaves the gradient as it is and adds to the Hessian what the square contributes.
+    slope = -math.sqrt(1 + rho) * first / second.sqrt()  # d dual / d eta - 1
+    active = torch.where(excess > 0, nominal, 0.0)
+    deviation = scaled - (active * scaled).sum() / active.sum()
+    curvature = math.sqrt(1 + rho) * active.sum() * (active * deviation.square()).sum() / second.pow(1.5)
+    # Where only the maximisers are left, eta moves nothing.
+    drift = torch.where(curvature > 0, 0.5 / curvature, 0.0).detach() * (slope - slope.detach()).square()
+    value = maximum + (worst_case * shifted.detach()).sum() + spread * (dual - dual.detach() - drift)
+    return value.to(losses.dtype), worst_case.to(losses.dtype)
 
 
 def _solve_threshold(shifted: Tensor, nominal: Tensor, rho: float) -> Tensor:
@@ -100,9 +101,11 @@ def _solve_threshold(shifted: Tensor, nominal: Tensor, rho: float) -> Tensor:
     mass = weight.cumsum(0)
     mean = (weight * ordered).cumsum(0) / mass
     next_below = torch.cat([ordered[1:], ordered.new_full((1,), -math.inf)])
-    for k in ((mass * (1 + rho) > 1) & (ordered > next_below)).nonzero().flatten().tolist():
+    # M (1 + rho) - 1, where 1 - M is summed from below: a small radius leaves no digits to the difference.
+    slack = mass * rho - (weight.flip(0).cumsum(0).flip(0) - weight)
+    for k in ((slack > 0) & (ordered < 0) & (ordered > next_below)).nonzero().flatten().tolist():
         variance = (weight[: k + 1] * (ordered[: k + 1] - mean[k]).square()).sum() / mass[k]
-        eta = mean[k] - (variance / (mass[k] * (1 + rho) - 1)).sqrt()
+        eta = mean[k] - (variance / slack[k]).sqrt()
         if eta >= next_below[k]:
             return eta
     raise AssertionError("the losses hold no NaN, so the last set fits")
@@ -115,8 +118,14 @@ def soft_min(losses: Tensor, *, beta_prime: float, weights: Tensor | None = None
     """
     nominal, fixed = _double(losses, weights)
     minimum = fixed[nominal > 0].min()
-    scores = torch.where(nominal > 0, minimum - losses.double(), 0.0) / beta_prime + nominal.log()
-    value = minimum - beta_prime * scores.logsumexp(0)
+    exponents = torch.where(nominal > 0, minimum - losses.double(), 0.0) / beta_prime
+    scores = exponents + nominal.log()
+    if exponents.min() > -1:
+        # Close to the mean the logarithm is close to zero: only expm1 and log1p leave digits of it.
+        log_mean = (nominal * exponents.expm1()).sum().log1p()
+    else:
+        log_mean = scores.logsumexp(0)
+    value = minimum - beta_prime * log_mean
     return value.to(losses.dtype), scores.detach().softmax(0).to(losses.dtype)
 
 

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
+from robustloss._files import replace_file
 from robustloss.train.config import FREE_KEYS, InputError, RunConfig, flatten, save_config
 from robustloss.train.distributed import gather, is_first, quiet_stdout, random_state, set_random_state
-from robustloss.train.files import replace_file
 
 MARKER = "COMPLETED"
 # What a run leaves in its folder, and what resume=false removes.

@@ -19,9 +19,9 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from robustloss._files import replace_file
 from robustloss.losses import LOSSES, PreferenceLoss
 from robustloss.train.data import TRUNCATIONS
-from robustloss.train.files import replace_file
 from robustloss.train.texts import COMPLETIONS
 from robustloss.validation import check_choice, check_number
 
@@ -167,8 +167,9 @@ def build_loss(options: dict[str, Any]) -> PreferenceLoss:
         raise InputError(f"config key 'loss.name' is missing: give one of {', '.join(LOSSES)}")
     if not isinstance(name, str) or name not in LOSSES:
         raise InputError(f"loss.name {name!r} is unknown{_nearest(str(name), LOSSES)}")
-    # A run trains one number, and an aggregate other than the loss's own is an object that YAML cannot name.
-    accepted = [key for key in inspect.signature(LOSSES[name]).parameters if key not in ("reduction", "aggregate")]
+    # A run trains one number and has its own processes; YAML cannot name an aggregate other than the loss's own.
+    fixed = ("reduction", "aggregate", "process_group")
+    accepted = [key for key in inspect.signature(LOSSES[name]).parameters if key not in fixed]
     for key in options:
         if key not in accepted:
             raise InputError(f"loss {name!r} has no option {key!r}{_nearest(str(key), accepted)}")

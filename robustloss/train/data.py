@@ -57,6 +57,7 @@ class PreferenceExample:
     prompt_ids: array[int]
     chosen_ids: array[int]
     rejected_ids: array[int]
+    group: int | None = None  # for losses of groups
 
     def sequences(self) -> list[tuple[array[int], array[int]]]:
         """Every (prompt, completion) that the model will see."""
@@ -90,6 +91,7 @@ def tokenize_rows(
     truncation: str = "prompt",
     source: str,
     chat_template: str | None = None,
+    groups: int | None = None,
 ) -> list[Example]:
     """Check and tokenise every row.
 
@@ -104,6 +106,7 @@ def tokenize_rows(
             prompt. "end": the end of the completion.
         source: where the rows came from, for messages about rows that do not know their own location.
         chat_template: Jinja text used in place of the tokenizer's own template.
+        groups: how many groups the column 'group' of preference data counts, from 0; None: it is let alone.
 
     Raises:
         ValueError: `<file>:<line>: column ...: got ..., want ...` for a bad row; a row with no completion token left.
@@ -141,7 +144,8 @@ def tokenize_rows(
             cut_completions += sum(len(new) < len(old) for new, old in zip(kept, completions, strict=True))
             if kind == "preference":
                 identical += kept[0] == kept[1]
-                examples.append(PreferenceExample(kept_prompt, *kept))
+                group = None if groups is None else _group(row, groups, location)
+                examples.append(PreferenceExample(kept_prompt, *kept, group=group))
             else:
                 examples.append(UnpairedExample(kept_prompt, kept[0], _label(row, location)))
 
@@ -193,6 +197,8 @@ def fingerprint(examples: Sequence[Example]) -> str:
     for example in examples:
         if isinstance(example, UnpairedExample):
             digest.update(b"+" if example.desirable else b"-")
+        elif example.group is not None:
+            digest.update(example.group.to_bytes(8, "little"))
         for part in itertools.chain(*example.sequences()):
             digest.update(len(part).to_bytes(8, "little"))  # lengths keep the borders apart
             digest.update(part.tobytes())
@@ -209,7 +215,8 @@ def pad_token_id(tokenizer: Any) -> int:
 class Collator:
     """Make a batch of (index in the dataset, example) items; labels are -100 on prompt and padding, and not shifted.
 
-    preference: input_ids, attention_mask, labels int64 [2B, T] (chosen rows first, then rejected), index int64 [B].
+    preference: input_ids, attention_mask, labels int64 [2B, T] (chosen rows first, then rejected), index int64 [B], and
+    group int64 [B] where the examples have one.
     unpaired: input_ids, attention_mask, labels int64 [B, T], desirable bool [B], index int64 [B], and with `mismatched`
     also mismatched_input_ids, mismatched_attention_mask, mismatched_labels int64 [B, T'].
     """
@@ -224,7 +231,10 @@ class Collator:
         if self.kind == "preference":
             chosen = [(example.prompt_ids, example.chosen_ids) for example in examples]
             rejected = [(example.prompt_ids, example.rejected_ids) for example in examples]
-            return {**self._pad(chosen + rejected), "index": index}
+            batch = {**self._pad(chosen + rejected), "index": index}
+            if examples[0].group is not None:
+                batch["group"] = torch.tensor([example.group for example in examples])
+            return batch
         batch = self._pad([(example.prompt_ids, example.completion_ids) for example in examples])
         batch["desirable"] = torch.tensor([example.desirable for example in examples])
         if self.mismatched:
@@ -312,6 +322,16 @@ def _label(row: dict[str, Any], location: str) -> bool:
     if not isinstance(label, bool):
         raise ValueError(f"{location}: column 'label': got {shorten(label)}, want true or false")
     return label
+
+
+def _group(row: dict[str, Any], groups: int, location: str) -> int:
+    group = row.get("group")
+    if isinstance(group, str) and group.strip().isdecimal():  # CSV knows texts only
+        group = int(group)
+    if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group < groups:
+        wanted = f"an integer from 0 to {groups - 1} (loss.groups is {groups})"
+        raise ValueError(f"{location}: column 'group': got {shorten(group)}, want {wanted}")
+    return group
 
 
 def _share(count: int, total: int, what: str) -> str:

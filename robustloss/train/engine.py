@@ -210,7 +210,8 @@ def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path) -> 
         weights = engine.module.state_dict()
     if not is_first():
         return
-    weights = {name.removeprefix("model."): value for name, value in weights.items()}
+    # Without the state of the loss, which checkpoints hold.
+    weights = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     # What is written keeps the dropout that it came with.

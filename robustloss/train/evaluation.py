@@ -39,23 +39,30 @@ def evaluate(
             logps = engine.module.logps
         else:
             logps = engine(batch, output="logps")
-        given = {name: batch[name] for name in batch if name.startswith("ref_") or name == "desirable"}
+        given = {name: batch[name] for name in batch if name.startswith("ref_") or name in ("desirable", "group")}
         return {**logps, **given}
 
     engine.eval()
-    table, counted = logps_table(columns, count, collate, size=size, device=device)
-    engine.train()
-    table = {name: column.cpu() for name, column in table.items()}
+    try:
+        return _evaluate(loss, *logps_table(columns, count, collate, size=size, device=device), penalised)
+    finally:
+        engine.train()  # not before: a loss with a state would learn from the held-out split
+
+
+def _evaluate(
+    loss: Any, table: dict[str, Tensor], counted: list[bool], penalised: list[tuple[dict[str, float], float]]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     for name, column in table.items():
         if not bool(column.isfinite().all()):
             raise FloatingPointError(f"{name} of the held-out split are not finite")
-    arrays = _arrays(loss, table)
-    if with_model:
+    arrays = _arrays(loss, {name: column.cpu() for name, column in table.items()})
+    if loss.needs_embeddings:
         kept = [record for record, counts in zip(penalised, counted, strict=True) if counts]
         return mean_by_name(record for records in gather(kept) for record in records), arrays
     with torch.no_grad():
         if loss.paired:
-            value, metrics = loss(*_pairs(table), return_metrics=True)
+            options = {"groups": table["group"].long()} if loss.needs_groups else {}
+            value, metrics = loss(*_pairs(table), return_metrics=True, **options)
         else:
             options = {}
             if "mismatched_logps" in table:

@@ -50,10 +50,17 @@ def load_inputs(config: RunConfig, loss: PreferenceLoss) -> Inputs:
         kind = "preference" if loss.paired else "unpaired"
         tokenizer = load_tokenizer(config.model)
         limits = {"max_length": options.max_length, "truncation": options.truncation}
+        groups = getattr(loss, "groups", None)
         examples = {}
         for split, source in sources.items():
             examples[split] = data.tokenize_rows(
-                rows[split], tokenizer, kind=kind, source=source, chat_template=config.model.chat_template, **limits
+                rows[split],
+                tokenizer,
+                kind=kind,
+                source=source,
+                chat_template=config.model.chat_template,
+                groups=groups,
+                **limits,
             )
             matches_classes = loss.coupled and not loss.paired and split == "train"
             if matches_classes and len({example.desirable for example in examples[split]}) == 1:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from robustloss._version import __version__
-from robustloss.losses import PreferenceLoss
+from robustloss.losses import PreferenceLoss, StatefulLoss
 from robustloss.train import distributed
 from robustloss.train.checkpoint import check_same_run, load_checkpoint, open_run, prepare_folder, save_checkpoint
 from robustloss.train.config import InputError, RunConfig, build_loss, input_errors
@@ -71,8 +71,11 @@ def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Pat
         len(inputs.examples["train"]), config.batch.microbatch, config.batch.accumulation, world, config.seed
     )
     total_steps = config.max_steps or order.total_steps(config.epochs)
-    if config.loss["name"] == "kldpo" and config.batch.microbatch == 1 and first:  # a sort of one warns by itself
-        logger.warning("loss 'kldpo' with batch.microbatch 1 is plain DPO: a tilt of one pair has nothing to weigh")
+    aggregate = getattr(loss, "aggregate", None)
+    if aggregate is not None and aggregate.coupled and config.batch.microbatch == 1 and first:
+        # A sort of one warns by itself.
+        name = config.loss["name"]
+        logger.warning("loss %r with batch.microbatch 1 is plain DPO: a tilt of one pair has nothing to weigh", name)
     if order.step_size > order.rows and first:
         logger.warning(
             "a step takes %d samples and data.train holds %d, so a step repeats some; lower batch.microbatch",
@@ -82,6 +85,8 @@ def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Pat
     save_every = max(1, total_steps // 10) if config.save_every is None else config.save_every
     distributed.on_first(partial(open_run, config, _environment(device, world)))
 
+    if isinstance(loss, StatefulLoss) and world > 1:
+        loss.process_group = dist.group.WORLD  # one state, which one process can save for all
     distributed.seed_everything(config.seed)
     engine = build_engine(config, loss, total_steps)
     with input_errors():
@@ -188,7 +193,8 @@ def _check_step(config: RunConfig, loss: PreferenceLoss, step: int, values: dict
 
 def _starts_at_ln_2(config: RunConfig, loss: PreferenceLoss) -> bool:
     """Whether every margin is zero at first and the loss is -log sigmoid of it, with weights that sum to one."""
-    plain = config.loss["name"] in ("dpo", "kldpo", "aot_paired") and loss.link == "logistic"
+    names = ("dpo", "kldpo", "aot_paired", "dr_dpo", "tv_dpo", "chi_po", "beta_dpo")
+    plain = config.loss["name"] in names and loss.link == "logistic"
     normalised = config.loss.get("normalize", True)
     return plain and normalised and config.reference.name_or_path is None
 

@@ -33,6 +33,7 @@ class LossModule(nn.Module):
         input_ids, attention_mask, labels: int64 [2B, T] (chosen rows first, then rejected), or [B, T] of unpaired data;
             labels are -100 on prompt and padding, and not shifted.
         desirable: bool [B], unpaired data only.
+        group: int64 [B], pairs in groups (GroupDRO) only.
         mismatched_input_ids, mismatched_attention_mask, mismatched_labels: int64 [B, T'], KTO only.
         ref_chosen_logps, ref_rejected_logps | ref_logps(, ref_mismatched_logps): float32 [B], the reference's.
         index: int64 [B], the rows of the dataset, for error messages.
@@ -84,6 +85,8 @@ class LossModule(nn.Module):
             logps, embeddings = self._named_logps(batch)
         _check_finite(logps, batch["index"])
         options = {"embeddings": embeddings} if self._double_backward else {}
+        if self.loss.needs_groups:
+            options["groups"] = batch["group"]
         if self.loss.paired:
             loss, metrics = self.loss(
                 logps["chosen_logps"],

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from robustloss.train.files import replace_file
+from robustloss._files import replace_file
 
 
 class MetricsWriter:

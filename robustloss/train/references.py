@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from robustloss._files import replace_file
 from robustloss.train.config import RunConfig, attention_of, input_errors
 from robustloss.train.data import fingerprint
 from robustloss.train.distributed import on_first
 from robustloss.train.engine import build_reference
-from robustloss.train.files import replace_file
 from robustloss.train.inputs import Inputs
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from robustloss._files import replace_file
 from robustloss.train.figures import FIGURES, SPLIT_LABELS, render
-from robustloss.train.files import replace_file
 from robustloss.train.run_folder import Run, read_run
 
 PAIRED = "h_i = (policy_chosen - policy_rejected)_i - (ref_chosen - ref_rejected)_i"
@@ -26,6 +26,12 @@ FORMULAS = {
     "aot_unpaired": "mean of l(h_s) over quantile levels s; h_s = s-quantile of the desirable log-ratios - the others'",
     "kto": "mean of w_i (1 - sigmoid(s_i beta (r_i - z))); r_i = log-ratio, s_i = 1 if desirable, else -1; "
     "z = max(0, mean log-ratio of mismatched pairs)",
+    "dr_dpo": f"-beta_prime log(mean of exp(-l(h_i) / beta_prime)); {PAIRED}",
+    "tv_dpo": f"largest sum of P_i l(h_i) with sum of |P_i - 1/B| / 2 <= rho; {PAIRED}",
+    "chi_po": "mean of l(h_i), beta h_i clipped at +-2 max_reward; h_i = phi(z_chosen) - phi(z_rejected), "
+    "phi(z) = z + log z, z = policy / reference probability",
+    "beta_dpo": f"mean of l(h_i) over the pairs kept, beta x (1 + alpha (their mean h - M)) in place of beta; {PAIRED}",
+    "group_dro": f"sum of P_g (mean of l(h_i) in group g), P_g from P_g exp(step_size x that mean); {PAIRED}",
 }
 LINKS = {
     "logistic": "-log sigmoid(beta h)",

@@ -8,12 +8,30 @@ import pickle
 import pytest
 import torch
 
-from robustloss import LOSSES, AOTPairedLoss, AOTUnpairedLoss, DPOLoss, KLDPOLoss, KLTilt, KTOLoss, WDPOLoss
+from robustloss import (
+    LOSSES,
+    AOTPairedLoss,
+    AOTUnpairedLoss,
+    BetaDPOLoss,
+    ChiPOLoss,
+    ChiSquare,
+    CVaR,
+    DPOLoss,
+    DrDPOLoss,
+    GroupDROLoss,
+    KLDPOLoss,
+    KLTilt,
+    KTOLoss,
+    TVDPOLoss,
+    WDPOLoss,
+)
+from robustloss.losses import StatefulLoss
 from robustloss.naive.links import LINKS
 
 B = 6
 WEIGHTS = torch.tensor([1.0, 0.0, 2.5, 0.5, 3.0, 1.0], dtype=torch.float64)
 DESIRABLE = torch.tensor([True, False, True, True, False, True])
+GROUPS = torch.tensor([0, 1, 1, 0, 0, 1])
 # Betas that keep the margins of `sample` off the kinks of the hinges.
 VALUE_IS_ITS_OWN_POTENTIAL = [
     *(DPOLoss(0.37, link=link) for link in LINKS),
@@ -26,9 +44,27 @@ VALUE_IS_ITS_OWN_POTENTIAL = [
     *(AOTPairedLoss(0.37, link) for link in LINKS),
     *(AOTUnpairedLoss(0.37, link) for link in LINKS),
     KTOLoss(0.37, 1.5, 0.5),
+    DrDPOLoss(0.37, 0.5),
+    TVDPOLoss(0.37, 0.25),
+    ChiPOLoss(0.37),
+    DPOLoss(0.37, aggregate=CVaR(0.3)),
+    DPOLoss(0.37, aggregate=ChiSquare(0.5)),
 ]
 ALL = [*VALUE_IS_ITS_OWN_POTENTIAL, KLDPOLoss(0.37, tau=0.4), KLDPOLoss(0.37, tau=0.4, normalize=False, max_weight=10)]
-PLAIN = [DPOLoss(), KLDPOLoss(tau=0.1), KLDPOLoss(rho=0.1), AOTPairedLoss(), AOTUnpairedLoss(), KTOLoss(), WDPOLoss()]
+PLAIN = [
+    DPOLoss(),
+    KLDPOLoss(tau=0.1),
+    KLDPOLoss(rho=0.1),
+    AOTPairedLoss(),
+    AOTUnpairedLoss(),
+    KTOLoss(),
+    DrDPOLoss(),
+    TVDPOLoss(),
+    ChiPOLoss(),
+    WDPOLoss(),
+]
+# In evaluation, where a second call gives what the first gave.
+EVERY = [*PLAIN, BetaDPOLoss().eval(), GroupDROLoss().eval()]
 
 
 def sample(loss, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -45,6 +81,8 @@ def call(loss, logps, **options):
         embeddings = torch.cat(logps[:2]).detach().requires_grad_()
         policy = embeddings.sin().chunk(2)
         return loss(*policy, *logps[2:], embeddings=embeddings, **options)
+    if loss.needs_groups:
+        options["groups"] = GROUPS
     return loss(*logps, **options) if loss.paired else loss(*logps, DESIRABLE, **options)
 
 
@@ -79,7 +117,7 @@ def test_derivatives_of_the_tilted_loss_match_finite_differences_of_log_mean_exp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("loss", PLAIN, ids=str)
+@pytest.mark.parametrize("loss", EVERY, ids=str)
 def test_any_float_dtype_gives_a_float32_or_float64_loss(loss, dtype):
     logps = sample(loss, dtype)
     value, metrics = call(loss, logps, return_metrics=True)
@@ -100,7 +138,7 @@ def test_a_float64_reference_of_a_float32_policy_gives_float64():
     assert loss(pc, pr, rc.double(), rr).dtype == torch.float64
 
 
-@pytest.mark.parametrize("loss", PLAIN, ids=str)
+@pytest.mark.parametrize("loss", EVERY, ids=str)
 def test_no_gradient_reaches_the_reference_or_the_weights(loss):
     logps = sample(loss)
     ref = [value.requires_grad_() for value in logps[len(logps) // 2 :]]
@@ -110,7 +148,7 @@ def test_no_gradient_reaches_the_reference_or_the_weights(loss):
     assert all(gradient is None for gradient in gradients)
 
 
-@pytest.mark.parametrize("loss", PLAIN, ids=str)
+@pytest.mark.parametrize("loss", EVERY, ids=str)
 def test_metrics_are_detached_scalars_and_leave_the_value_as_it_is(loss):
     logps = sample(loss)
     value, metrics = call(loss, logps, return_metrics=True)
@@ -176,14 +214,14 @@ def test_compiled_losses_equal_eager_ones(loss, metrics):
         )
 
 
-@pytest.mark.parametrize("loss", PLAIN, ids=str)
+@pytest.mark.parametrize("loss", EVERY, ids=str)
 def test_copies_and_pickles_are_the_same_loss(loss):
     logps = sample(loss)
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert str(twin) == str(loss)
         assert torch.equal(call(twin, logps), call(loss, logps))
     assert not list(loss.parameters())
-    assert loss.state_dict() == {}
+    assert isinstance(loss, StatefulLoss) or loss.state_dict() == {}
 
 
 @pytest.mark.parametrize(
@@ -202,6 +240,17 @@ def test_copies_and_pickles_are_the_same_loss(loss):
             KTOLoss(desirable_weight=2),
             "KTOLoss(beta=0.1, desirable_weight=2, undesirable_weight=1, reduction='mean')",
         ),
+        (TVDPOLoss(rho=0.2), "TVDPOLoss(beta=0.1, link='logistic', aggregate=TotalVariation(rho=0.2))"),
+        (DrDPOLoss(0.2, 0.5), "DrDPOLoss(beta=0.2, link='logistic', aggregate=SoftMin(beta_prime=0.5))"),
+        (ChiPOLoss(max_reward=3), "ChiPOLoss(beta=0.1, link='logistic', max_reward=3)"),
+        (
+            BetaDPOLoss(),
+            "BetaDPOLoss(beta=0.1, alpha=0.6, filter_ratio=0.2, momentum=0.9, filtering='sample')",
+        ),
+        (
+            GroupDROLoss(groups=2, group_sizes=[1, 3]),
+            "GroupDROLoss(beta=0.1, link='logistic', groups=2, step_size=0.01, group_shares=[0.25, 0.75])",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -214,4 +263,5 @@ def test_every_loss_has_the_name_that_configuration_files_use():
 
 
 def _in_order():
-    return DPOLoss(), KLDPOLoss(tau=1), WDPOLoss(), AOTPairedLoss(), AOTUnpairedLoss(), KTOLoss()
+    paired = DPOLoss(), KLDPOLoss(tau=1), WDPOLoss(), AOTPairedLoss()
+    return *paired, AOTUnpairedLoss(), KTOLoss(), DrDPOLoss(), ChiPOLoss(), BetaDPOLoss(), GroupDROLoss(), TVDPOLoss()

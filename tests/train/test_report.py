@@ -165,6 +165,11 @@ def test_page_tells_the_numbers_and_the_loss(tmp_path):
         ("name: kldpo, tau: 1.0, normalize: false", "P_i = exp((l(h_i) - mean of l) / tau), neither normalised"),
         ("name: wdpo, squared: false", "penalty = root of the mean of |g_i|^2"),
         ("name: kto", "1 - sigmoid(s_i beta (r_i - z))"),
+        ("name: dr_dpo, beta_prime: 2", "exp(-l(h_i) / beta_prime)"),
+        ("name: tv_dpo", "|P_i - 1/B| / 2 <= rho"),
+        ("name: chi_po", "phi(z) = z + log z"),
+        ("name: beta_dpo", "1 + alpha (their mean h - M)"),
+        ("name: group_dro, groups: 2", "mean of l(h_i) in group g"),
         ("name: homemade, gamma: 3", "homemade: gamma = 3"),
     ],
 )
