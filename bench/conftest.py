@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from bench import results
-from bench.cases import DEVICE, Case, build, check_agreement
+from bench.cases import DEVICE, Absent, Case
 from bench.measure import (
     MemoryUnknown,
+    launches,
     memory_on_cpu,
     memory_on_gpu,
     result_of,
-    timing_on_cpu,
+    timing_of_calls,
     timing_on_gpu,
 )
-from bench.peers import Absent
 from bench.report import tables
 from bench.results import Result
+from bench.suites import SUITES
 
 MEASURED = pytest.StashKey[dict[tuple, Result]]()
 OUT_OF_TIME = pytest.StashKey[bool]()
@@ -31,6 +32,7 @@ START = time.monotonic()
 
 def pytest_addoption(parser):
     group = parser.getgroup("robustloss benchmarks")
+    group.addoption("--op", choices=SUITES, help="measure one suite only")
     group.addoption("--results", type=Path, metavar="FOLDER", help="append to FOLDER/<device>.jsonl, go on from there")
     group.addoption("--again", action="store_true", help="measure also what --results holds already")
     group.addoption("--seconds", type=float, metavar="S", help="start no case after S seconds")
@@ -68,14 +70,17 @@ def contest(request) -> Iterator[Callable[[Case], None]]:
             config.stash[OUT_OF_TIME] = True
             pytest.skip(f"no time left after {seconds:.0f} s; run again with --results to go on")
         try:
-            if not (case.is_ceiling or case.contestant.compiled):
-                check_agreement(case, DEVICE)
-            problem = build(case, DEVICE)
-            if DEVICE.type == "cuda":
-                timing, memory = timing_on_gpu(problem), memory_on_gpu(case, problem)
+            if not case.is_compiled:
+                case.suite.check_agreement(case, DEVICE)
+            problem = case.suite.build(case, DEVICE)
+            if case.is_compiled:
+                problem.run()  # compiles: no measure of a call
+            if DEVICE.type == "cuda" and not case.suite.small_calls:
+                timing = timing_on_gpu(problem)
             else:
-                timing = timing_on_cpu(problem, request.getfixturevalue("benchmark"))
-                memory = memory_on_cpu(case)
+                timing = timing_of_calls(problem, request.getfixturevalue("benchmark"), DEVICE)
+            memory = memory_on_gpu(case, problem) if DEVICE.type == "cuda" else memory_on_cpu(case)
+            launched = launches(case, problem, DEVICE)
         except MemoryUnknown as error:
             note(result_of(case, absent=f"memory not measured: {error}"))
             pytest.fail(f"memory not measured: {error}")
@@ -86,7 +91,7 @@ def contest(request) -> Iterator[Callable[[Case], None]]:
             if case.is_ceiling or (case.is_ours and not isinstance(error, Absent)):
                 raise
             pytest.skip(f"absent: {reason}")
-        note(result_of(case, timing, memory, ceilings=_ceilings(case, measured)))
+        note(result_of(case, timing, memory, launched, ceilings=_ceilings(case, measured)))
 
     yield run
     if DEVICE.type == "cuda":
@@ -94,7 +99,7 @@ def contest(request) -> Iterator[Callable[[Case], None]]:
 
 
 def _ceilings(case: Case, measured: dict[tuple, Result]) -> list[Result]:
-    """What this case is held against: its group's plain copy and read, or bare matmuls, if not one of them."""
+    """What this case is held against: its group's ceilings, if not one of them."""
     if case.is_ceiling:
         return []
     group = result_of(case).group

@@ -103,7 +103,7 @@ build() {
 }
 
 tests() {
-    timeout "$limit" "$python" -m pytest tests/kernels tests/ops -q -p no:cacheprovider >"$out/tests.log" 2>&1
+    timeout "$limit" "$python" -m pytest tests/kernels tests/ops -q >"$out/tests.log" 2>&1
     local code=$?
     tail -n 15 "$out/tests.log"
     return $code
@@ -116,16 +116,18 @@ compile_report() {
     return $code
 }
 
-# suite FILE: pytest stops by itself in time to print what it has; timeout only catches a call that hangs.
+# suite OP: pytest stops by itself in time to print what it has; timeout only catches a call that hangs.
 suite() {
-    timeout "$((limit + 15))" "$python" -m pytest "$1" -q -p no:cacheprovider "${sizes[@]}" \
+    timeout "$((limit + 15))" "$python" -m pytest bench --op "$1" -q -p no:cacheprovider "${sizes[@]}" \
         --results "$out" --seconds "$((limit - 15))"
 }
 
 build
 step tests 170 tests
 step compile_report 60 compile_report
-step sequence_logps 120 suite bench/test_sequence_logps.py
-step linear_sequence_logps "$budget" suite bench/test_linear_sequence_logps.py
+step sequence_logps 120 suite sequence_logps
+step coupled_losses 120 suite coupled_losses
+step soft_sort 60 suite soft_sort
+step linear_sequence_logps "$budget" suite linear_sequence_logps
 echo "== $out; python -m bench.report --results $out draws it"
 exit $status

@@ -1,4 +1,7 @@
-"""Time and memory of one case, on a GPU by triton's do_bench, on a CPU by pytest-benchmark and in a process of its own.
+"""Time, memory and launches of one case.
+
+Time is measured on a GPU by triton's do_bench; on a CPU, and for suites of small calls on any device, from the call to
+the last result by pytest-benchmark. A round repeats a fast call for 10 ms where nothing has to be refilled.
 
 Extra memory is the peak beyond the inputs, minus the gradients that every contestant must return. It is measured, not
 computed: on a GPU by torch's allocator; on a CPU as the peak resident set (VmHWM, set back through
@@ -21,11 +24,13 @@ from typing import Any
 import torch
 
 from bench import results
-from bench.cases import BACKWARD, SEQUENCE, Case, Problem, build, check_agreement
+from bench.cases import BACKWARD, Case, Problem
 from bench.results import Result
 
-CPU_SECONDS = 1.5  # of measuring per case, but
-MOST_CPU_ROUNDS = 9
+SECONDS = 1.5  # of measuring per case, but
+MOST_ROUNDS = 9  # of one call, and
+MOST_REPEATED_ROUNDS = 25  # of many
+ROUND_SECONDS, WARM_UP_SECONDS = 0.01, 0.05
 SLOW_SECONDS = 4.0  # what takes longer than this, far behind all others, has two calls only
 GPU_MILLISECONDS = (100, 1000)
 GPU_ROUNDS = 10
@@ -53,26 +58,27 @@ def result_of(
     case: Case,
     timing: Timing | None = None,
     memory: Memory | None = None,
+    launches: int | None = None,
     *,
     ceilings: Sequence[Result] = (),
     absent: str | None = None,
 ) -> Result:
     """The line for a case: measured, absent, or, with neither, a blank that has the same key."""
-    work, unit = case.work()
-    rate = None
-    ceiling = fraction = None
+    work, unit = case.suite.work(case) or (None, None)
+    rate = ceiling = fraction = None
     if timing is not None:
-        rate = work / timing.ms / (1e6 if unit == "GB/s" else 1e9)
-        if ceilings and case.op == SEQUENCE:
+        if work is not None:
+            rate = work / timing.ms / (1e6 if unit == "GB/s" else 1e9)
+        if ceilings and unit == "GB/s":
             best = max(ceilings, key=lambda result: result.rate)
             ceiling, fraction = best.peer, rate / best.rate
         elif ceilings:
             # By time, not by rate: the ceiling computes what the regime must, more than the least work.
             ceiling, fraction = ceilings[0].peer, ceilings[0].ms / timing.ms
     return Result(
-        op=case.op,
+        op=case.suite.op,
         peer=case.peer,
-        shape=case.shape.as_dict(),
+        shape=case.shape,
         dtype=case.dtype,
         pass_name=case.pass_name,
         device=results.device_name(),
@@ -87,6 +93,7 @@ def result_of(
         rate_unit=unit,
         ceiling=ceiling,
         fraction_of_ceiling=fraction,
+        launches=launches,
         absent=absent,
         versions=results.versions(),
     )
@@ -106,22 +113,35 @@ def timing_on_gpu(problem: Problem) -> Timing:
     return Timing(statistics.median(times), _interquartile_range(times), len(times))
 
 
-def timing_on_cpu(problem: Problem, benchmark: Any) -> Timing:
-    """`benchmark`: pytest-benchmark's fixture. The first call tells how many rounds there is time for."""
+def timing_of_calls(problem: Problem, benchmark: Any, device: torch.device) -> Timing:
+    """`benchmark`: pytest-benchmark's fixture. The first calls tell how many make a round, and how many rounds there is
+    time for.
+    """
+    refill = problem.refill
 
-    def round_arguments() -> tuple[tuple, dict]:
-        problem.refill()
-        return (), {}
+    def run() -> None:
+        problem.run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
-    problem.refill()
-    start = time.perf_counter()
-    problem.run()
-    first = time.perf_counter() - start
-    rounds = min(max(int(CPU_SECONDS / first), 1 if first > SLOW_SECONDS else 2), MOST_CPU_ROUNDS)
-    fast = rounds == MOST_CPU_ROUNDS
+    def time_once() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    if refill:
+        refill()
+    first = [time_once()]
+    while not refill and sum(first) < WARM_UP_SECONDS:
+        first.append(time_once())
+    fastest = min(first)
+    calls = 1 if refill else max(int(ROUND_SECONDS / fastest), 1)
+    most = MOST_ROUNDS if calls == 1 else MOST_REPEATED_ROUNDS
+    rounds = min(max(int(SECONDS / (calls * fastest)), 1 if fastest > SLOW_SECONDS else 2), most)
+    fast = rounds == most
     # The first calls of a fast one pay for memory that the machine has never touched; of a slow one each call counts.
-    benchmark.pedantic(problem.run, setup=round_arguments, rounds=rounds, warmup_rounds=2 if fast else 0)
-    times = [1e3 * seconds for seconds in [*benchmark.stats.stats.data, *([] if fast else [first])]]
+    benchmark.pedantic(run, setup=refill, iterations=calls, rounds=rounds, warmup_rounds=2 if fast else 0)
+    times = [1e3 * seconds for seconds in [*benchmark.stats.stats.data, *([] if fast else first)]]
     return Timing(statistics.median(times), _interquartile_range(times), len(times))
 
 
@@ -132,8 +152,20 @@ def _interquartile_range(times: list[float]) -> float:
     return high - low
 
 
+def launches(case: Case, problem: Problem, device: torch.device) -> int | None:
+    """Kernels, copies and fills of one call, as torch's profiler saw them on the GPU."""
+    if device.type == "cpu" or not case.suite.small_calls:
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        problem.run()
+        torch.cuda.synchronize()
+    on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.is_user_annotation for event in on_device)
+
+
 def memory_on_gpu(case: Case, problem: Problem) -> Memory | None:
-    if case.is_ceiling or case.pass_name == BACKWARD:
+    if case.is_ceiling or case.suite.small_calls or case.pass_name == BACKWARD:
         return None
     device = problem.inputs[0].device
     gc.collect()
@@ -149,7 +181,7 @@ def memory_on_gpu(case: Case, problem: Problem) -> Memory | None:
 
 def memory_on_cpu(case: Case) -> Memory | None:
     """Raises MemoryUnknown. In float32 only: other types ask for as much in proportion, and each case takes seconds."""
-    if case.is_ceiling or case.dtype != "float32":
+    if case.is_ceiling or case.suite.small_calls or case.dtype != "float32":
         return None
     # Forked from a server that has imported what takes long and run nothing: as good as fresh, and there at once.
     context = multiprocessing.get_context("forkserver")
@@ -180,8 +212,8 @@ def _send_memory(case: Case, threads: int, sender: Any) -> None:
 
 def _memory_here(case: Case) -> Memory:
     if not case.contestant.compiled:
-        check_agreement(case, torch.device("cpu"))
-    problem = build(case, torch.device("cpu"))
+        case.suite.check_agreement(case, torch.device("cpu"))
+    problem = case.suite.build(case, torch.device("cpu"))
     if case.contestant.compiled:
         problem.run()  # the compiler's own memory is not the contestant's
     gc.collect()

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from bench.results import ROOT, Result, load
+from bench.results import CEILINGS, OURS, ROOT, Result, load
 
-OURS = "robustloss"
 # Colours that differ in print and for the colour-blind.
 OURS_COLOUR, PEER_COLOUR, CEILING_COLOUR = "#0b6e99", "#b8b8b8", "#e0c46c"
+PEER_COLOURS = (PEER_COLOUR, "#7a7a7a", "#404040")  # where colours alone tell peers apart
 PANELS_ACROSS = 2
 MEBIBYTE = 2**20
 
@@ -35,30 +35,40 @@ def title(result: Result) -> str:
 
 
 def sizes(result: Result) -> str:
-    """The logits' shape, and the hidden size that they come from, if they do."""
-    B, T, V = (result.shape[name] for name in "BTV")
-    return f"[{B}, {T}, {V}]" + (f" from H = {result.shape['H']}" if "H" in result.shape else "")
+    """The shape of the problem, and for logits the hidden size that they come from, if they do."""
+    shape = ", ".join(str(size) for name, size in result.shape.items() if name != "H")
+    return f"[{shape}]" + (f" from H = {result.shape['H']}" if "H" in result.shape else "")
 
 
 def columns(group: list[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a group's table; contestants that are absent are not in it (see `absences`)."""
+    """Header and rows of a group's table, without columns that hold nothing; contestants that are absent are not in it
+    (see `absences`).
+    """
     measured = [result for result in group if result.ms is not None]
     ours = [result for result in measured if result.peer.startswith(OURS)]
-    unit = group[0].rate_unit or ""
-    header = ["", "median ms", "spread ms", unit, "of ceiling", "extra MiB", *(f"vs {own.peer}" for own in ours)]
+    unit = group[0].rate_unit or "rate"
+    header = ["", "median ms", "spread ms", unit, "of ceiling", "extra MiB", "launches"]
     rows = [
         [
             result.peer,
-            f"{result.ms:.2f}",
-            f"{result.ms_spread:.2f}",
+            _milliseconds(result.ms, result.ms),
+            _milliseconds(result.ms_spread, result.ms),
             _number(result.rate, ".3g" if unit == "TFLOP/s" else ".1f"),
             _number(result.fraction_of_ceiling, ".0%"),
             _number(extra_mebibytes(result), ".0f"),
+            _number(result.launches, "d"),
             *(f"{result.ms / own.ms:.2f}x" for own in ours),
         ]
         for result in measured
     ]
-    return header, rows
+    header += [f"vs {own.peer}" for own in ours]
+    filled = [index for index in range(len(header)) if any(row[index] for row in rows)]
+    return [header[index] for index in filled], [[row[index] for index in filled] for row in rows]
+
+
+def _milliseconds(value: float, median: float) -> str:
+    # Calls of microseconds keep two digits of their spread, too.
+    return f"{value:.2f}" if median >= 1 else f"{value:.4f}"
 
 
 def extra_mebibytes(result: Result) -> float | None:
@@ -72,7 +82,7 @@ def absences(group: list[Result]) -> list[str]:
 
 def ceilings_of(group: list[Result]) -> str:
     names = sorted({result.ceiling for result in group if result.ceiling})
-    return f"ceiling: {', '.join(names)}" if names else "ceiling not measured"
+    return f"ceiling: {', '.join(names)}" if names else "no ceiling"
 
 
 def tables(results: Iterable[Result]) -> Iterator[tuple[str, list[str]]]:
@@ -104,8 +114,8 @@ def markdown(results: list[Result], pictures: list[Path]) -> str:
 
 _EXPLANATION = """Medians and interquartile ranges of one run; ratios above 1x are slower than robustloss. GB/s and
 TFLOP/s count the least work of the pass. "of ceiling" is the fraction of what the machine gave in the same run for a
-plain read or copy, or for the regime's matrix products alone. "extra MiB" is measured: the peak beyond the inputs and
-the returned gradients."""
+plain read or copy, for the regime's matrix products alone, or for torch.sort. "extra MiB" is measured: the peak beyond
+the inputs and the returned gradients. "launches" are the kernels, copies and fills that one call starts on a GPU."""
 
 
 def draw(results: list[Result], folder: Path) -> list[Path]:
@@ -115,9 +125,12 @@ def draw(results: list[Result], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     paths = []
     for device, of_device in _by(results, "device").items():
-        for op, of_op in _by(of_device, "op").items():
+        for op, of_op in _by((result for result in of_device if result.ms is not None), "op").items():
             name = f"{_slug(device)}-{op.replace('_', '-')}"
-            paths.append(_draw(of_op, folder / f"{name}-time.png", f"{op}: median time on {device}", "time"))
+            path, heading = folder / f"{name}-time.png", f"{op}: median time on {device}"
+            # Where a size is called n there are many, and a panel shows them side by side.
+            by_size = "n" in of_op[0].shape
+            paths.append(_draw_by_size(of_op, path, heading) if by_size else _draw(of_op, path, heading, "time"))
             if any(result.peak_bytes is not None for result in of_op):
                 paths.append(_draw(of_op, folder / f"{name}-memory.png", f"{op}: extra memory on {device}", "memory"))
     return paths
@@ -125,28 +138,40 @@ def draw(results: list[Result], folder: Path) -> list[Path]:
 
 def _draw(results: list[Result], path: Path, heading: str, what: str) -> Path:
     """One panel for each group."""
-    from matplotlib import pyplot
 
     def value(result: Result) -> float | None:
-        if what == "time":
-            return result.ms
-        return extra_mebibytes(result)
+        return result.ms if what == "time" else extra_mebibytes(result)
 
     panels = [[result for result in group if value(result) is not None] for group in grouped(results).values()]
     panels = [panel for panel in panels if panel]
-    n_rows = -(-len(panels) // PANELS_ACROSS)
-    longest = max(len(panel) for panel in panels)
-    figure, axes = pyplot.subplots(
-        n_rows,
-        PANELS_ACROSS,
-        figsize=(7.5 * PANELS_ACROSS, (0.25 * longest + 0.9) * n_rows + 0.6),
-        squeeze=False,
-        layout="constrained",
+    height = 0.25 * max(len(panel) for panel in panels) + 0.9
+    return _draw_panels(
+        panels,
+        lambda axes, panel: _draw_panel(axes, panel, value, "ms" if what == "time" else "MiB"),
+        height,
+        path,
+        heading,
     )
+
+
+def _draw_by_size(results: list[Result], path: Path, heading: str) -> Path:
+    """One panel for each pass and type."""
+    panels = [panel for of_pass in _by(results, "pass_name").values() for panel in _by(of_pass, "dtype").values()]
+    return _draw_panels(panels, _draw_sizes, 2.6, path, f"{heading}; x: over {OURS}")
+
+
+def _draw_panels(
+    panels: list[list[Result]], draw_panel: Callable[..., None], height: float, path: Path, heading: str
+) -> Path:
+    from matplotlib import pyplot
+
+    n_rows = -(-len(panels) // PANELS_ACROSS)
+    size = (7.5 * PANELS_ACROSS, height * n_rows + 0.6)
+    figure, axes = pyplot.subplots(n_rows, PANELS_ACROSS, figsize=size, squeeze=False, layout="constrained")
     figure.suptitle(heading)
     for place, panel in zip_longest(axes.flat, panels):
         if panel:
-            _draw_panel(place, panel, value, "ms" if what == "time" else "MiB")
+            draw_panel(place, panel)
         else:
             place.set_axis_off()
     figure.savefig(path, dpi=110)
@@ -173,6 +198,41 @@ def _draw_panel(axes, panel: list[Result], value: Callable[[Result], float], uni
     axes.set_xlim(0, 1.35 * max(values) or 1)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_sizes(axes, panel: list[Result]) -> None:
+    """Bars on a logarithmic scale, side by side for each size; above ours its time, above others their ratio to it."""
+    from matplotlib.patches import Patch
+
+    peers = list(_by(panel, "peer"))
+    greys = iter(len(peers) * PEER_COLOURS)
+    colours = {
+        peer: OURS_COLOUR if peer == OURS else CEILING_COLOUR if peer in CEILINGS else next(greys) for peer in peers
+    }
+    groups = list(grouped(panel).values())
+    width = 0.8 / len(peers)
+    for position, group in enumerate(groups):
+        own = next((result.ms for result in group if result.peer == OURS), None)
+        for index, result in enumerate(group):
+            place = position + (index - (len(group) - 1) / 2) * width
+            axes.bar(place, result.ms, width, color=colours[result.peer])
+            text = _two_digits(result.ms) if own in (None, result.ms) else f"{_two_digits(result.ms / own)}x"
+            axes.text(place, result.ms, text, ha="center", va="bottom", fontsize=6)
+    axes.set_yscale("log")
+    axes.set_ylabel("ms", fontsize=8)
+    axes.set_title(f"{panel[0].pass_name}, {panel[0].dtype}", fontsize=9, loc="left")
+    axes.set_xticks(range(len(groups)), [sizes(group[0]) for group in groups])
+    axes.margins(y=0.15)
+    axes.tick_params(labelsize=8)
+    handles = [Patch(color=colour, label=peer) for peer, colour in colours.items()]
+    axes.legend(
+        handles=handles, fontsize=7, frameon=False, ncols=len(handles), loc="lower right", bbox_to_anchor=(1, 0.97)
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def latest(results: Iterable[Result]) -> list[Result]:

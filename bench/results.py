@@ -2,17 +2,19 @@
 
 A line holds
 
-    op, peer, shape ({"B", "T", "V"} and "H" for the linear op), dtype, pass
-    ms, ms_spread, rounds    median and interquartile range of `rounds` calls
+    op, peer, shape (sizes by name), dtype, pass
+    ms, ms_spread, rounds    median and interquartile range of `rounds` calls, or of means over many fast ones
     peak_bytes               memory beyond the inputs and the returned gradients, measured (see bench/measure.py)
     gradient_bytes           memory of the returned gradients, which every contestant must deliver
-    rate, rate_unit          GB/s or TFLOP/s of the least work that the pass needs (bench/cases.py)
+    rate, rate_unit          GB/s or TFLOP/s of the least work that the pass needs (the suite's file says what that is)
     ceiling, fraction_of_ceiling     the ceiling of this pass measured in the same run; 1.0 is as fast as it
+    launches                 kernels, copies and fills that one call starts on a GPU
     absent                   the reason why the contestant could not be measured; then the numbers are null
     device, threads, versions, commit, time
 
-A line is appended by one write, so a killed run leaves at worst one torn line, which reading ignores, and going on
-skips what is there. `python -m bench.results` prints the commit as benchmarks name it.
+A number that a suite does not measure is null. A line is appended by one write, so a killed run leaves at worst one
+torn line, which reading ignores, and going on skips what is there. `python -m bench.results` prints the commit as
+benchmarks name it.
 """
 
 from __future__ import annotations
@@ -34,9 +36,20 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a measurement depends on: a change in one of these makes earlier results another commit's.
 SOURCES = ("robustloss", "kernels", "csrc", "bench", "setup.py")
 SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".cu")
-# Contestants that are a ceiling instead: see bench/cases.py.
-READ, COPY, PRODUCTS = "plain read", "plain copy", "bare matmuls"
-PACKAGES = ("torch", "triton", "robustloss", "trl", "liger-kernel", "flash-attn", "cut-cross-entropy", "transformers")
+OURS = "robustloss"
+# Contestants that are a ceiling instead.
+CEILINGS = READ, COPY, PRODUCTS, SORT = "plain read", "plain copy", "bare matmuls", "torch.sort"
+PACKAGES = (
+    "torch",
+    "triton",
+    "robustloss",
+    "trl",
+    "liger-kernel",
+    "flash-attn",
+    "cut-cross-entropy",
+    "torchsort",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class Result:
     rate_unit: str | None = None
     ceiling: str | None = None
     fraction_of_ceiling: float | None = None
+    launches: int | None = None
     absent: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     time: str = field(
@@ -79,7 +93,7 @@ class Result:
 
     @property
     def is_ceiling(self) -> bool:
-        return self.peer in (READ, COPY, PRODUCTS)
+        return self.peer in CEILINGS
 
     def to_line(self) -> str:
         values = asdict(self)

@@ -44,6 +44,30 @@ def test_groups_are_tables_of_their_own():
     assert "float32 [2, 512, 32000] from H = 1024" in titles[0]
 
 
+SMALL = replace(
+    OURS,
+    op="coupled_losses",
+    shape={"n": 64},
+    pass_name="KLDPO(tau), forward+backward",
+    ms=0.0512,
+    ms_spread=0.0011,
+    peak_bytes=None,
+    rate=None,
+    rate_unit=None,
+    ceiling=None,
+    fraction_of_ceiling=None,
+    launches=1,
+)
+
+
+def test_what_a_suite_does_not_measure_has_no_column():
+    eager = replace(SMALL, peer="eager torch", ms=0.512, launches=23)
+    text = markdown([SMALL, eager], [])
+    assert "### coupled_losses KLDPO(tau), forward+backward, float32 [64]\nno ceiling" in text
+    assert "|  | median ms | spread ms | launches | vs robustloss |" in text
+    assert "| eager torch | 0.5120 | 0.0011 | 23 | 10.00x |" in text
+
+
 def test_only_the_latest_commit_of_a_device_is_shown():
     old = replace(OURS, commit="0000000", time="2025-01-01T00:00:00+00:00")
     elsewhere = replace(old, device="another machine")
@@ -61,6 +85,18 @@ def test_the_report_is_written_beside_its_results(tmp_path, capsys):
     for picture in pictures:
         assert picture.stat().st_size > 0
         assert f"({picture.name})" in report.read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_many_sizes_are_drawn_side_by_side_and_an_op_without_results_is_not_drawn(tmp_path):
+    compiled = replace(SMALL, peer="torch.compile(eager torch)")
+    sort = replace(SMALL, op="soft_sort", shape={"B": 4, "n": 64}, peer="torch.sort")
+    absent = replace(ABSENT, op="sequence_logps")
+    for result in (SMALL, replace(SMALL, shape={"n": 1024}), compiled, sort, absent):
+        append(tmp_path / "machine.jsonl", result)
+    assert main(["--results", str(tmp_path)]) == 0
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {"a-machine-coupled-losses-time.png", "a-machine-soft-sort-time.png"}
 
 
 def test_a_folder_without_results_is_an_error(tmp_path, capsys):

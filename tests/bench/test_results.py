@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,12 @@ def test_what_is_appended_is_loaded(path):
 def test_the_json_names_the_pass_as_the_schema_does():
     assert '"pass": "forward"' in RESULT.to_line()
     assert RESULT.to_line().count("\n") == 1
+
+
+def test_a_line_written_before_launches_were_counted_is_read():
+    values = json.loads(RESULT.to_line())
+    del values["launches"]
+    assert Result.from_line(json.dumps(values)) == RESULT
 
 
 def test_a_torn_last_line_is_ignored_and_the_next_one_stands_alone(path):

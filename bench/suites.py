@@ -1,0 +1,7 @@
+"""All suites, by op."""
+
+from bench import coupled_losses, linear_sequence_logps, sequence_logps, soft_sort
+
+SUITES = {
+    module.SUITE.op: module.SUITE for module in (sequence_logps, linear_sequence_logps, coupled_losses, soft_sort)
+}
