@@ -1,6 +1,6 @@
 """Preference-optimisation losses as modules: a margin, a link and an aggregate (and, for WDPO, a penalty)."""
 
-from robustloss.losses.aggregates import Aggregate, KLTilt, Mean
+from robustloss.losses.aggregates import Aggregate, ChiSquare, CVaR, KLTilt, Mean, SoftMin, TotalVariation
 from robustloss.losses.aot import AOTPairedLoss, AOTUnpairedLoss
 from robustloss.losses.base import PairedLoss, PreferenceLoss, UnpairedLoss
 from robustloss.losses.dpo import DPOLoss
@@ -23,6 +23,8 @@ __all__ = [
     "AOTPairedLoss",
     "AOTUnpairedLoss",
     "Aggregate",
+    "CVaR",
+    "ChiSquare",
     "DPOLoss",
     "KLDPOLoss",
     "KLTilt",
@@ -30,6 +32,8 @@ __all__ = [
     "Mean",
     "PairedLoss",
     "PreferenceLoss",
+    "SoftMin",
+    "TotalVariation",
     "UnpairedLoss",
     "WDPOLoss",
 ]

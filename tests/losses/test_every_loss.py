@@ -8,12 +8,26 @@ import pickle
 import pytest
 import torch
 
-from robustloss import LOSSES, AOTPairedLoss, AOTUnpairedLoss, DPOLoss, KLDPOLoss, KLTilt, KTOLoss, WDPOLoss
+from robustloss import (
+    LOSSES,
+    AOTPairedLoss,
+    AOTUnpairedLoss,
+    ChiSquare,
+    CVaR,
+    DPOLoss,
+    KLDPOLoss,
+    KLTilt,
+    KTOLoss,
+    SoftMin,
+    TotalVariation,
+    WDPOLoss,
+)
 from robustloss.naive.links import LINKS
 
 B = 6
 WEIGHTS = torch.tensor([1.0, 0.0, 2.5, 0.5, 3.0, 1.0], dtype=torch.float64)
 DESIRABLE = torch.tensor([True, False, True, True, False, True])
+REWEIGHTED = [DPOLoss(0.37, aggregate=a) for a in (CVaR(0.4), ChiSquare(0.3), TotalVariation(0.3), SoftMin(0.5))]
 # Betas that keep the margins of `sample` off the kinks of the hinges.
 VALUE_IS_ITS_OWN_POTENTIAL = [
     *(DPOLoss(0.37, link=link) for link in LINKS),
@@ -23,12 +37,22 @@ VALUE_IS_ITS_OWN_POTENTIAL = [
     KLDPOLoss(0.37, rho=0.3, link="ipo"),
     KLDPOLoss(0.37, rho=0.0),
     KLDPOLoss(0.37, rho=9.0),
+    *REWEIGHTED,
     *(AOTPairedLoss(0.37, link) for link in LINKS),
     *(AOTUnpairedLoss(0.37, link) for link in LINKS),
     KTOLoss(0.37, 1.5, 0.5),
 ]
 ALL = [*VALUE_IS_ITS_OWN_POTENTIAL, KLDPOLoss(0.37, tau=0.4), KLDPOLoss(0.37, tau=0.4, normalize=False, max_weight=10)]
-PLAIN = [DPOLoss(), KLDPOLoss(tau=0.1), KLDPOLoss(rho=0.1), AOTPairedLoss(), AOTUnpairedLoss(), KTOLoss(), WDPOLoss()]
+PLAIN = [
+    DPOLoss(),
+    KLDPOLoss(tau=0.1),
+    KLDPOLoss(rho=0.1),
+    *REWEIGHTED,
+    AOTPairedLoss(),
+    AOTUnpairedLoss(),
+    KTOLoss(),
+    WDPOLoss(),
+]
 
 
 def sample(loss, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -162,7 +186,11 @@ def test_coupled_says_whether_a_samples_gradient_depends_on_the_others(loss):
 
 
 @pytest.mark.parametrize("metrics", [False, True])
-@pytest.mark.parametrize("loss", [DPOLoss(), DPOLoss(0.3, 0.1), KLDPOLoss(tau=0.1), AOTPairedLoss()], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [DPOLoss(), DPOLoss(0.3, 0.1), KLDPOLoss(tau=0.1), KLDPOLoss(rho=0.1), *REWEIGHTED, AOTPairedLoss()],
+    ids=str,
+)
 def test_compiled_losses_equal_eager_ones(loss, metrics):
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
