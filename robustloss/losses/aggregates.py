@@ -1,15 +1,19 @@
-"""Aggregates: how the losses of a batch become one number."""
+"""Aggregates: how the losses of a batch become one number.
+
+Those here are computed by the op `preference_loss` together with margins and link; called by themselves, on losses.
+A nominal weight q_i is 1 / B, or `weights` divided by their sum.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from robustloss.naive.kl_tilt import kl_ball, kl_tilt, kl_tilt_unnormalized, normalized_weights
-from robustloss.naive.worst_case import chi_square_ball, cvar, soft_min, total_variation_ball
-from robustloss.validation import check_number
+from robustloss.ops.preference_loss import preference_loss
+from robustloss.validation import check_finite, check_number, check_weight_values
 
 
 @runtime_checkable
@@ -21,20 +25,53 @@ class Aggregate(Protocol):
     def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
+class FusedAggregate:
+    """An aggregate that the op `preference_loss` knows."""
+
+    coupled = True
+
+    @property
+    def arguments(self) -> tuple[str, float, float]:
+        """The op's aggregate, parameter and max_weight."""
+        raise NotImplementedError
+
+    def metrics(self, statistics: Tensor) -> dict[str, Tensor]:
+        """Of the worst case P: tilt/effective_sample_size ((sum P_i)^2 / sum P_i^2, in samples), tilt/max_weight (the
+        largest P_i).
+
+        `statistics` are the op's.
+        """
+        return {"tilt/effective_sample_size": statistics[5], "tilt/max_weight": statistics[6]}
+
+    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        try:
+            value, _, _, statistics = preference_loss(
+                losses, None, None, None, weights, "identity", 1.0, 0.0, *self.arguments
+            )
+        except ValueError:
+            check_finite("losses", losses)
+            if weights is not None:
+                check_weight_values(weights)
+            raise
+        return value, self.metrics(statistics)
+
+
 @dataclass(frozen=True)
-class Mean:
+class Mean(FusedAggregate):
     r"""The (weighted) mean :math:`\sum_i q_i l_i`."""
 
     coupled = False
 
-    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        if weights is None:
-            return losses.mean() if losses.numel() else losses.sum(), {}
-        return (normalized_weights(losses, weights) * losses).sum(), {}
+    @property
+    def arguments(self) -> tuple[str, float, float]:
+        return "mean", 0.0, math.inf
+
+    def metrics(self, statistics: Tensor) -> dict[str, Tensor]:
+        return {}
 
 
 @dataclass(frozen=True)
-class KLTilt:
+class KLTilt(FusedAggregate):
     r"""The worst case near the batch in Kullback-Leibler divergence: :math:`\sum_i P_i l_i`,
     :math:`P_i \propto q_i e^{l_i / \tau}`.
 
@@ -58,8 +95,6 @@ class KLTilt:
     normalize: bool = True
     max_weight: float | None = None
 
-    coupled = True
-
     def __post_init__(self):
         if (self.tau is None) == (self.rho is None):
             raise ValueError(f"give exactly one of tau and rho, got tau={self.tau} and rho={self.rho}")
@@ -76,104 +111,115 @@ class KLTilt:
         if not self.normalize and self.tau is None:
             raise ValueError("normalize=False needs tau: a radius rho is defined for a normalised distribution only")
 
-    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        if losses.numel() == 0:
-            return losses.sum(), {}
-        if self.rho is not None:
-            value, worst_case, tau = kl_ball(losses, rho=self.rho, weights=weights)
-        else:
-            assert self.tau is not None
-            tau = losses.new_tensor(self.tau)
-            if self.normalize:
-                value, worst_case = kl_tilt(losses, tau=self.tau, weights=weights)
-            else:
-                value, worst_case = kl_tilt_unnormalized(
-                    losses, tau=self.tau, max_weight=self.max_weight, weights=weights
-                )
-        metrics = {
-            "tilt/effective_sample_size": worst_case.sum().square() / worst_case.square().sum(),
-            "tilt/max_weight": worst_case.max(),
-            "tilt/tau": tau,
-        }
-        return value, metrics
+    @property
+    def arguments(self) -> tuple[str, float, float]:
+        if self.tau is None:
+            assert self.rho is not None
+            return "kl_ball", self.rho, math.inf
+        if self.normalize:
+            return "kl_tilt", self.tau, math.inf
+        return "kl_tilt_unnormalized", self.tau, math.inf if self.max_weight is None else self.max_weight
 
-
-def _worst_case_metrics(worst_case: Tensor) -> dict[str, Tensor]:
-    return {
-        "tilt/effective_sample_size": worst_case.sum().square() / worst_case.square().sum(),
-        "tilt/max_weight": worst_case.max(),
-    }
+    def metrics(self, statistics: Tensor) -> dict[str, Tensor]:
+        return super().metrics(statistics) | {"tilt/tau": statistics[7]}
 
 
 @dataclass(frozen=True)
-class CVaR:
-    r"""The mean of the worst `alpha` share of the batch, 0 < alpha <= 1 (`naive.worst_case.cvar`)."""
+class CVaR(FusedAggregate):
+    r"""The conditional value at risk: the mean of the worst `alpha` share of the batch, 0 < alpha <= 1.
+
+    .. math:: \max_P \sum_i P_i l_i \quad \text{over} \quad P_i \le q_i / \alpha
+
+    Source: Rockafellar & Uryasev 2000. alpha = 1 is the mean. Losses tied at the threshold share in proportion to q.
+
+    Metrics: tilt/effective_sample_size, tilt/max_weight.
+
+    Raises:
+        ValueError: alpha outside (0, 1].
+    """
 
     alpha: float
 
-    coupled = True
-
     def __post_init__(self):
-        if check_number("alpha", self.alpha, above=0) > 1:
-            raise ValueError(f"alpha must be <= 1, got {self.alpha:g}")
+        check_number("alpha", self.alpha, above=0)
+        if self.alpha > 1:
+            raise ValueError(f"alpha must be <= 1 (the share of the batch that is averaged), got {self.alpha:g}")
 
-    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        if losses.numel() == 0:
-            return losses.sum(), {}
-        value, worst_case = cvar(losses, alpha=self.alpha, weights=weights)
-        return value, _worst_case_metrics(worst_case)
+    @property
+    def arguments(self) -> tuple[str, float, float]:
+        return "cvar", self.alpha, math.inf
 
 
 @dataclass(frozen=True)
-class ChiSquare:
-    r"""The worst case in a chi-square ball of radius `rho` >= 0 (`naive.worst_case.chi_square_ball`)."""
+class ChiSquare(FusedAggregate):
+    r"""The worst case in a ball of Pearson's chi-square divergence of radius `rho` >= 0.
+
+    .. math:: \max_P \sum_i P_i l_i \quad \text{over} \quad \sum_i \frac{(P_i - q_i)^2}{q_i} \le \rho,
+              \qquad P_i \propto q_i (l_i - \eta)_+
+
+    Source: Duchi & Namkoong 1810.08750. rho = 0 is the mean.
+
+    Metrics: tilt/effective_sample_size, tilt/max_weight.
+
+    Raises:
+        ValueError: rho < 0.
+    """
 
     rho: float
-
-    coupled = True
 
     def __post_init__(self):
         check_number("rho", self.rho, at_least=0)
 
-    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        if losses.numel() == 0:
-            return losses.sum(), {}
-        value, worst_case = chi_square_ball(losses, rho=self.rho, weights=weights)
-        return value, _worst_case_metrics(worst_case)
+    @property
+    def arguments(self) -> tuple[str, float, float]:
+        return "chi_square", self.rho, math.inf
 
 
 @dataclass(frozen=True)
-class TotalVariation:
-    r"""The worst case in a total-variation ball of radius 0 <= `rho` <= 1 (`naive.worst_case.total_variation_ball`)."""
+class TotalVariation(FusedAggregate):
+    r"""The worst case in a ball of total variation: a mass of `rho`, 0 <= rho <= 1, moves from the smallest losses to
+    the largest.
+
+    .. math:: \max_P \sum_i P_i l_i \quad \text{over} \quad \tfrac12 \sum_i |P_i - q_i| \le \rho
+
+    Source: Mandal et al. 2503.00539. rho = 0 is the mean, rho = 1 the maximum.
+
+    Metrics: tilt/effective_sample_size, tilt/max_weight.
+
+    Raises:
+        ValueError: rho outside [0, 1].
+    """
 
     rho: float
 
-    coupled = True
-
     def __post_init__(self):
-        if check_number("rho", self.rho, at_least=0) > 1:
-            raise ValueError(f"rho must be <= 1, got {self.rho:g}")
+        check_number("rho", self.rho, at_least=0)
+        if self.rho > 1:
+            raise ValueError(f"rho must be <= 1 (the share of the mass that moves), got {self.rho:g}")
 
-    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        if losses.numel() == 0:
-            return losses.sum(), {}
-        value, worst_case = total_variation_ball(losses, rho=self.rho, weights=weights)
-        return value, _worst_case_metrics(worst_case)
+    @property
+    def arguments(self) -> tuple[str, float, float]:
+        return "total_variation", self.rho, math.inf
 
 
 @dataclass(frozen=True)
-class SoftMin:
-    r"""The soft minimum at temperature `beta_prime` > 0 (`naive.worst_case.soft_min`): hard pairs count less."""
+class SoftMin(FusedAggregate):
+    r"""Dr.DPO's aggregate, which trusts the pairs that fit: :math:`-\beta' \log \sum_i q_i e^{-l_i / \beta'}`.
+
+    Source: Wu et al. 2407.07880. Hard pairs count *less*: the sign is the opposite of `KLTilt`'s, for labels that may
+    be wrong. A large `beta_prime` (nats of loss, > 0) is the mean.
+
+    Metrics: tilt/effective_sample_size, tilt/max_weight.
+
+    Raises:
+        ValueError: beta_prime <= 0.
+    """
 
     beta_prime: float
-
-    coupled = True
 
     def __post_init__(self):
         check_number("beta_prime", self.beta_prime, above=0)
 
-    def __call__(self, losses: Tensor, weights: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        if losses.numel() == 0:
-            return losses.sum(), {}
-        value, worst_case = soft_min(losses, beta_prime=self.beta_prime, weights=weights)
-        return value, _worst_case_metrics(worst_case)
+    @property
+    def arguments(self) -> tuple[str, float, float]:
+        return "soft_min", self.beta_prime, math.inf

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,14 @@ from robustloss.naive.links import LINKS, OFFSET_LINKS, SMOOTHED_LINKS, link_los
 from robustloss.naive.sorted_transport import dominance_violation
 from robustloss.naive.token_logps import statistics_dtype
 from robustloss.validation import (
+    FLOATING_DTYPES,
     check_choice,
     check_finite,
     check_number,
     check_same_device,
     check_shape,
     check_tensor,
+    check_weight_values,
 )
 
 LossOutput = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -68,16 +72,49 @@ class PreferenceLoss(nn.Module):
             raise ValueError(f"reduction='none' is undefined for {type(self).__name__}: {reason}")
 
 
+def check_vectors(names: Sequence[str], vectors: Sequence[Tensor], weights: Tensor | None) -> None:
+    """Refuse log-probabilities that are no vectors [B] of one length on one device, and weights that do not fit them.
+
+    Their values are left to the op, which looks at them anyway; `check_values` then names the argument.
+    """
+    first = vectors[0]
+    if isinstance(first, Tensor) and first.ndim == 1:
+        shape, device = first.shape, first.device
+        for vector in vectors if weights is None else (*vectors, weights):
+            if (
+                not isinstance(vector, Tensor)
+                or vector.dtype not in FLOATING_DTYPES
+                or vector.shape != shape
+                or vector.device != device
+            ):
+                break
+        else:
+            return
+    for name, vector in zip(names, vectors, strict=True):
+        check_tensor(name, vector)
+        if vector.ndim != 1:
+            raise ValueError(f"{name} must be [B] (one log-probability a sequence), got {tuple(vector.shape)}")
+        check_shape(name, vector, first.shape, f"{names[0]}'s shape")
+        check_same_device(name, vector, names[0], first)
+    if weights is not None:
+        check_shape("weights", check_tensor("weights", weights), first.shape, "one weight a sample")
+        check_same_device("weights", weights, "the log-probabilities", first)
+
+
+def check_values(names: Sequence[str], vectors: Sequence[Tensor], weights: Tensor | None) -> None:
+    """Refuse NaN and infinity, and weights that are negative or all zero, by the argument's name."""
+    for name, vector in zip(names, vectors, strict=True):
+        check_finite(name, vector)
+    if weights is not None:
+        check_weight_values(weights)
+
+
 def check_logps(**logps: Tensor) -> list[Tensor]:
     """Log-probabilities as float32 (or float64) vectors of one length, on one device, finite."""
-    (first_name, first), *_ = logps.items()
-    for name, value in logps.items():
-        check_tensor(name, value)
-        if value.ndim != 1:
-            raise ValueError(f"{name} must be [B] (one log-probability a sequence), got {tuple(value.shape)}")
-        check_shape(name, value, first.shape, f"{first_name}'s shape")
-        check_same_device(name, value, first_name, first)
-        check_finite(name, value)
+    names, vectors = list(logps), list(logps.values())
+    check_vectors(names, vectors, None)
+    check_values(names, vectors, None)
+    first = vectors[0]
     dtype = statistics_dtype(
         torch.float64 if any(value.dtype == torch.float64 for value in logps.values()) else first.dtype
     )
@@ -90,12 +127,7 @@ def check_weights(weights: Tensor | None, like: Tensor) -> Tensor | None:
         return None
     check_shape("weights", check_tensor("weights", weights), like.shape, "one weight a sample")
     check_same_device("weights", weights, "the log-probabilities", like)
-    check_finite("weights", weights)
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and weights.numel():
-        if bool((weights < 0).any()):
-            raise ValueError(f"weights must be >= 0, got a minimum of {weights.min().item():g}")
-        if not bool((weights > 0).any()):
-            raise ValueError("weights must not all be zero")
+    check_weight_values(weights)
     return weights.detach().to(like.dtype)
 
 

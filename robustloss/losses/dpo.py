@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from robustloss.losses.aggregates import Aggregate, Mean
-from robustloss.losses.base import LossOutput, PairedLoss
+from robustloss.losses.aggregates import Aggregate, FusedAggregate, Mean
+from robustloss.losses.base import LossOutput, PairedLoss, check_values, check_vectors
+from robustloss.naive.links import OFFSET_LINKS
+from robustloss.ops.preference_loss import preference_loss
+
+NAMES = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 
 
 class DPOLoss(PairedLoss):
@@ -87,14 +91,60 @@ class DPOLoss(PairedLoss):
         Raises:
             TypeError, ValueError: dtypes, shapes or devices that do not fit; NaN or infinity on the CPU.
         """
-        *logps, weights = self._prepare(
-            policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, weights
-        )
-        losses = self.losses(*logps)
+        aggregate = self.aggregate
+        own_losses = type(self).losses is not DPOLoss.losses  # a subclass's, of which the op knows nothing
+        if self.reduction == "none" or own_losses or not isinstance(aggregate, FusedAggregate):
+            return self._forward_in_steps(
+                policy_chosen_logps,
+                policy_rejected_logps,
+                ref_chosen_logps,
+                ref_rejected_logps,
+                weights,
+                return_metrics,
+            )
+        logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+        check_vectors(NAMES, logps, weights)
+        try:
+            value, _, _, statistics = preference_loss(
+                policy_chosen_logps,
+                policy_rejected_logps,
+                # The reference is a constant of the problem, whatever graph it comes with.
+                ref_chosen_logps.detach() if ref_chosen_logps.requires_grad else ref_chosen_logps,
+                ref_rejected_logps.detach() if ref_rejected_logps.requires_grad else ref_rejected_logps,
+                weights.detach() if weights is not None and weights.requires_grad else weights,
+                self.link,
+                self.beta,
+                self.label_smoothing,
+                *aggregate.arguments,
+            )
+        except ValueError:
+            check_values(NAMES, logps, weights)
+            raise
+        if not return_metrics:
+            return value
+        return value, self._metrics_of(statistics) | aggregate.metrics(statistics)
+
+    def _forward_in_steps(self, pc: Tensor, pr: Tensor, rc: Tensor, rr: Tensor, weights: Tensor | None, metrics: bool):
+        """The losses themselves, or an aggregate of the user's own."""
+        *logps, weights = self._prepare(pc, pr, rc, rr, weights)
+        value, more = self.losses(*logps), {}
         if self.reduction == "none":
             if weights is not None:
                 raise ValueError("weights normalise over the batch: with reduction='none' multiply the losses yourself")
-            value, metrics = losses, {}
         else:
-            value, metrics = self.aggregate(losses, weights)
-        return (value, self._metrics(*logps) | metrics) if return_metrics else value
+            value, more = self.aggregate(value, weights)
+        return (value, self._metrics(*logps) | more) if metrics else value
+
+    def _metrics_of(self, statistics: Tensor) -> dict[str, Tensor]:
+        """The metrics of `PairedLoss`, from the op's statistics."""
+        chosen_logps, rejected_logps, chosen, rejected, accuracy, *_ = statistics.unbind()
+        if self.link not in OFFSET_LINKS:
+            chosen, rejected = self.beta * chosen, self.beta * rejected
+        return {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": chosen_logps,
+            "logps/rejected": rejected_logps,
+            "rewards/accuracies": accuracy,
+        }

@@ -38,6 +38,15 @@ STATISTICS = (
 )
 
 
+def logratios(
+    chosen: Tensor, rejected: Tensor | None, ref_chosen: Tensor | None, ref_rejected: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of the chosen and of the rejected sequences, [B] each; the margins are their difference."""
+    zeros = torch.zeros_like(chosen)
+    rejected, ref_chosen, ref_rejected = (zeros if x is None else x for x in (rejected, ref_chosen, ref_rejected))
+    return chosen - ref_chosen, rejected - ref_rejected
+
+
 def preference_loss(
     chosen: Tensor,  # [B]
     rejected: Tensor | None = None,  # [B]; None counts as zeros, here and below
@@ -53,11 +62,7 @@ def preference_loss(
     max_weight: float = math.inf,  # of kl_tilt_unnormalized
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(value [], differentiable; P [B], detached; statistics [8], detached: `STATISTICS`)."""
-    zeros = torch.zeros_like(chosen)
-    rejected, ref_chosen, ref_rejected = (
-        zeros if x is None else x.to(chosen.dtype) for x in (rejected, ref_chosen, ref_rejected)
-    )
-    chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
+    chosen_ratios, rejected_ratios = logratios(chosen, rejected, ref_chosen, ref_rejected)
     margins = chosen_ratios - rejected_ratios
     if link == "identity":
         losses = margins
@@ -79,6 +84,7 @@ def preference_loss(
         tau = losses.new_tensor(parameter)
     else:
         value, worst_case = AGGREGATES[aggregate](losses, weights, parameter)
+    rejected = torch.zeros_like(chosen) if rejected is None else rejected
     means = [x.mean() for x in (chosen, rejected, chosen_ratios, rejected_ratios)]
     accuracy = (chosen_ratios > rejected_ratios).to(losses.dtype).mean()
     effective = worst_case.sum().square() / worst_case.square().sum()

@@ -22,6 +22,8 @@ from robustloss import (
     KLDPOLoss,
     KLTilt,
     KTOLoss,
+    SoftMin,
+    TotalVariation,
     TVDPOLoss,
     WDPOLoss,
 )
@@ -32,6 +34,7 @@ B = 6
 WEIGHTS = torch.tensor([1.0, 0.0, 2.5, 0.5, 3.0, 1.0], dtype=torch.float64)
 DESIRABLE = torch.tensor([True, False, True, True, False, True])
 GROUPS = torch.tensor([0, 1, 1, 0, 0, 1])
+REWEIGHTED = [DPOLoss(0.37, aggregate=a) for a in (CVaR(0.4), ChiSquare(0.3), TotalVariation(0.3), SoftMin(0.5))]
 # Betas that keep the margins of `sample` off the kinks of the hinges.
 VALUE_IS_ITS_OWN_POTENTIAL = [
     *(DPOLoss(0.37, link=link) for link in LINKS),
@@ -41,6 +44,7 @@ VALUE_IS_ITS_OWN_POTENTIAL = [
     KLDPOLoss(0.37, rho=0.3, link="ipo"),
     KLDPOLoss(0.37, rho=0.0),
     KLDPOLoss(0.37, rho=9.0),
+    *REWEIGHTED,
     *(AOTPairedLoss(0.37, link) for link in LINKS),
     *(AOTUnpairedLoss(0.37, link) for link in LINKS),
     KTOLoss(0.37, 1.5, 0.5),
@@ -55,6 +59,7 @@ PLAIN = [
     DPOLoss(),
     KLDPOLoss(tau=0.1),
     KLDPOLoss(rho=0.1),
+    *REWEIGHTED,
     AOTPairedLoss(),
     AOTUnpairedLoss(),
     KTOLoss(),
@@ -200,7 +205,11 @@ def test_coupled_says_whether_a_samples_gradient_depends_on_the_others(loss):
 
 
 @pytest.mark.parametrize("metrics", [False, True])
-@pytest.mark.parametrize("loss", [DPOLoss(), DPOLoss(0.3, 0.1), KLDPOLoss(tau=0.1), AOTPairedLoss()], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [DPOLoss(), DPOLoss(0.3, 0.1), KLDPOLoss(tau=0.1), KLDPOLoss(rho=0.1), *REWEIGHTED, AOTPairedLoss()],
+    ids=str,
+)
 def test_compiled_losses_equal_eager_ones(loss, metrics):
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
