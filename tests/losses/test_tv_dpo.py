@@ -64,7 +64,7 @@ def test_it_is_dpo_with_the_total_variation_ball_as_its_aggregate(weights):
 def test_options_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"rho must be >= 0, got -0.1"):
         TVDPOLoss(0.1, -0.1)
-    with pytest.raises(ValueError, match=r"rho must be <= 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"rho must be <= 1 .*, got 1.5"):
         TVDPOLoss(0.1, 1.5)
     with pytest.raises(ValueError, match=r"reduction='none' .*TVDPOLoss: .*weighs every"):
         TVDPOLoss(reduction="none")
