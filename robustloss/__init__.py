@@ -13,6 +13,7 @@ from robustloss.functional import (
     linear_sequence_logratios,
     sequence_logps,
     sequence_logratios,
+    sorted_transport,
     token_logps,
 )
 from robustloss.losses import (
@@ -45,5 +46,6 @@ __all__ = [
     "linear_sequence_logratios",
     "sequence_logps",
     "sequence_logratios",
+    "sorted_transport",
     "token_logps",
 ]

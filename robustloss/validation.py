@@ -50,6 +50,16 @@ def check_finite(name: str, value: Tensor) -> None:
         )
 
 
+def check_weight_values(weights: Tensor) -> None:
+    """Refuse sample weights that are not finite, negative or all zero, where `check_finite` looks."""
+    check_finite("weights", weights)
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and weights.numel():
+        if bool((weights < 0).any()):
+            raise ValueError(f"weights must be >= 0, got a minimum of {weights.min().item():g}")
+        if not bool((weights > 0).any()):
+            raise ValueError("weights must not all be zero")
+
+
 def check_labels_in_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Refuse a label outside [0, vocabulary) that is not `ignore_index`, where `check_finite` looks."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():

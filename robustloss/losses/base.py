@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,14 @@ from robustloss.naive.links import LINKS, OFFSET_LINKS, SMOOTHED_LINKS, link_los
 from robustloss.naive.sorted_transport import dominance_violation
 from robustloss.naive.token_logps import statistics_dtype
 from robustloss.validation import (
+    FLOATING_DTYPES,
     check_choice,
     check_finite,
     check_number,
     check_same_device,
     check_shape,
     check_tensor,
+    check_weight_values,
 )
 
 LossOutput = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -65,6 +69,43 @@ class PreferenceLoss(nn.Module):
     def _refuse_reduction_none(self, reason: str) -> None:
         if self.reduction == "none":
             raise ValueError(f"reduction='none' is undefined for {type(self).__name__}: {reason}")
+
+
+def check_vectors(names: Sequence[str], vectors: Sequence[Tensor], weights: Tensor | None) -> None:
+    """Refuse log-probabilities that are no vectors [B] of one length on one device, and weights that do not fit them.
+
+    Their values are left to the op, which looks at them anyway; `check_values` then names the argument.
+    """
+    first = vectors[0]
+    if isinstance(first, Tensor) and first.ndim == 1:
+        shape, device = first.shape, first.device
+        for vector in vectors if weights is None else (*vectors, weights):
+            if (
+                not isinstance(vector, Tensor)
+                or vector.dtype not in FLOATING_DTYPES
+                or vector.shape != shape
+                or vector.device != device
+            ):
+                break
+        else:
+            return
+    for name, vector in zip(names, vectors, strict=True):
+        check_tensor(name, vector)
+        if vector.ndim != 1:
+            raise ValueError(f"{name} must be [B] (one log-probability a sequence), got {tuple(vector.shape)}")
+        check_shape(name, vector, first.shape, f"{names[0]}'s shape")
+        check_same_device(name, vector, names[0], first)
+    if weights is not None:
+        check_shape("weights", check_tensor("weights", weights), first.shape, "one weight a sample")
+        check_same_device("weights", weights, "the log-probabilities", first)
+
+
+def check_values(names: Sequence[str], vectors: Sequence[Tensor], weights: Tensor | None) -> None:
+    """Refuse NaN and infinity, and weights that are negative or all zero, by the argument's name."""
+    for name, vector in zip(names, vectors, strict=True):
+        check_finite(name, vector)
+    if weights is not None:
+        check_weight_values(weights)
 
 
 def check_logps(**logps: Tensor) -> list[Tensor]:

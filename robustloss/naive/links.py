@@ -44,3 +44,21 @@ def link_loss(margins: Tensor, *, beta: float, link: str = "logistic", label_smo
     if link == "ipo":
         return (margins - 1 / (2 * beta)).square()
     raise ValueError(f"link must be one of {', '.join(map(repr, LINKS))}, got {link!r}")
+
+
+def link_slope(margins: Tensor, *, beta: float, link: str = "logistic", label_smoothing: float = 0.0) -> Tensor:
+    """The derivative of `link_loss` by each margin; at a kink that of the flat side."""
+    if link == "logistic":
+        return beta * (label_smoothing - torch.sigmoid(-beta * margins))
+    if link == "robust":
+        right, flipped = torch.sigmoid(-beta * margins), torch.sigmoid(beta * margins)
+        return -beta * ((1 - label_smoothing) * right + label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    if link == "hinge":
+        return -beta * (beta * margins < 1).to(margins.dtype)
+    if link == "squared_hinge":
+        return -2 * torch.relu(beta - margins)
+    if link == "least_squares":
+        return -2 * (beta - margins)
+    if link == "ipo":
+        return 2 * (margins - 1 / (2 * beta))
+    raise ValueError(f"link must be one of {', '.join(map(repr, LINKS))}, got {link!r}")
