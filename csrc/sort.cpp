@@ -71,20 +71,11 @@ void sort_entries(uint64_t* entries, int64_t n, uint64_t* buffer) {
 
 }  // namespace
 
-uint64_t* SortWorkspace::reserve(int64_t n) {
-    if (n > capacity_) {
-        entries_.reset();
-        entries_ = std::make_unique_for_overwrite<uint64_t[]>(2 * n);
-        capacity_ = n;
-    }
-    return entries_.get();
-}
-
 template <typename T>
 void argsort(const T* values, int64_t n, bool descending, int32_t* order, SortWorkspace& workspace) {
     constexpr int low_bits = 8 * (sizeof(T) - 4);
     using Key = decltype(key(T()));
-    uint64_t* entries = workspace.reserve(n);
+    uint64_t* entries = workspace.reserve(2 * n);
     uint64_t* buffer = entries + n;
     const Key flip = descending ? ~Key(0) : Key(0);
     for (int64_t i = 0; i < n; ++i) {

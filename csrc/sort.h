@@ -6,16 +6,28 @@
 
 namespace robustloss {
 
-/// Scratch memory of `argsort`: kept by the caller, so that many rows share it. One thread at a time.
-class SortWorkspace {
+/// Memory that the caller keeps, so that many rows share it: fresh memory costs page faults, more than a sort
+/// does.
+template <typename T>
+class Scratch {
   public:
-    /// Two buffers of n entries each, of no particular content.
-    uint64_t* reserve(int64_t n);
+    /// At least n elements of no particular content; what was reserved before is lost.
+    T* reserve(int64_t n) {
+        if (n > capacity_) {
+            elements_.reset();
+            elements_ = std::make_unique_for_overwrite<T[]>(n);
+            capacity_ = n;
+        }
+        return elements_.get();
+    }
 
   private:
-    std::unique_ptr<uint64_t[]> entries_;
+    std::unique_ptr<T[]> elements_;
     int64_t capacity_ = 0;
 };
+
+/// One thread at a time.
+using SortWorkspace = Scratch<uint64_t>;
 
 /// values[order[0]], values[order[1]], ... is sorted; equal values, among which -0 and +0 count, keep their
 /// order. NaN comes after infinity (before, where descending) or, with its sign bit set, at the other end.

@@ -15,6 +15,7 @@ from robustloss.functional import (
     sequence_logratios,
     soft_rank,
     soft_sort,
+    sorted_transport,
     token_logps,
 )
 from robustloss.losses import (
@@ -67,5 +68,6 @@ __all__ = [
     "sequence_logratios",
     "soft_rank",
     "soft_sort",
+    "sorted_transport",
     "token_logps",
 ]

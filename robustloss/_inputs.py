@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from robustloss.naive.links import LINKS, OFFSET_LINKS, SMOOTHED_LINKS
 from robustloss.naive.sequence_logps import shift_labels
 from robustloss.ops._linear_head import Head, Options
 from robustloss.validation import (
     INTEGER_DTYPES,
+    check_choice,
     check_labels_in_range,
     check_number,
     check_same_device,
@@ -163,3 +165,30 @@ def check_packing(labels: Tensor, cu_seqlens: Tensor | None) -> None:
 def prepare_labels(labels: Tensor, shift: bool, ignore_index: int, cu_seqlens: Tensor | None) -> Tensor:
     labels = labels.long().contiguous()
     return shift_labels(labels, ignore_index, cu_seqlens) if shift else labels
+
+
+def check_link(link: str, beta: float, label_smoothing: float) -> tuple[float, float]:
+    """beta and label_smoothing as floats, once they fit the link."""
+    check_choice("link", link, LINKS)
+    # [A]'s offset may be zero; an inverse temperature of zero would ignore the data.
+    beta = check_number("beta", beta, at_least=0) if link in OFFSET_LINKS else check_number("beta", beta, above=0)
+    label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    if label_smoothing and link not in SMOOTHED_LINKS:
+        raise ValueError(
+            f"label_smoothing={label_smoothing:g} is defined for the links {SMOOTHED_LINKS}, not for {link!r}"
+        )
+    return beta, label_smoothing
+
+
+def check_samples(name: str, values: Tensor, weights: Tensor | None, like_name: str, like: Tensor) -> None:
+    """Refuse samples without the leading dimensions and the device of `like`, and weights of another shape."""
+    check_tensor(name, values)
+    if values.ndim == 0 or values.shape[:-1] != like.shape[:-1]:
+        raise ValueError(
+            f"{name} must be [..., n] with {like_name}'s leading dimensions {tuple(like.shape[:-1])}, got "
+            f"{tuple(values.shape)}"
+        )
+    check_same_device(name, values, like_name, like)
+    if weights is not None:
+        check_shape(f"{name}_weights", check_tensor(f"{name}_weights", weights), values.shape, f"{name}'s shape")
+        check_same_device(f"{name}_weights", weights, name, values)

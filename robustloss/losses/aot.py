@@ -7,11 +7,20 @@ import warnings
 import torch
 from torch import Tensor
 
-from robustloss.losses.aggregates import Mean
-from robustloss.losses.base import LossOutput, PairedLoss, PreferenceLoss, UnpairedLoss, dominance_metrics
-from robustloss.naive.sorted_transport import sorted_margins
-from robustloss.validation import check_choice
+from robustloss.losses.base import (
+    LossOutput,
+    PairedLoss,
+    PreferenceLoss,
+    UnpairedLoss,
+    check_values,
+    check_vectors,
+)
+from robustloss.naive.sorted_transport import samples_dtype
+from robustloss.ops.sorted_transport import sorted_transport
+from robustloss.validation import check_choice, check_same_device, check_shape, check_tensor, check_weight_values
 
+PAIRED_NAMES = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+UNPAIRED_NAMES = ("policy_logps", "ref_logps")
 SORTS = ("hard",)
 SINGLE = "a sort of one sample a side is plain DPO on it"
 
@@ -23,7 +32,7 @@ def _warn(message: str) -> None:
 
 
 class SortedLoss(PreferenceLoss):
-    """What the two AOT losses share: their options."""
+    """What the two AOT losses share: their options, and the op they call."""
 
     coupled = True
 
@@ -42,6 +51,26 @@ class SortedLoss(PreferenceLoss):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sort={self.sort!r}"
+
+    def _transport(self, *samples: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss [] and the dominance violation [2]: one row of the op `sorted_transport`, given its vectors."""
+        rows = [None if x is None else x.unsqueeze(0) for x in samples]
+        value, _, _, dominance = sorted_transport(*rows, self.link, self.beta, self.label_smoothing)
+        return value.squeeze(0), dominance.squeeze(0)
+
+
+def _constant(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
+
+
+def _dominance_metrics(dominance: Tensor) -> dict[str, Tensor]:
+    area, w1 = dominance.unbind()
+    return {"dominance/violation_area": area, "dominance/violation_w1": w1}
+
+
+def _is_zero(loss: Tensor) -> bool:
+    """Whether the batch may be one without anything to match; always False where looking would cost something."""
+    return loss.device.type == "cpu" and not torch.compiler.is_compiling() and loss.item() == 0
 
 
 class AOTPairedLoss(SortedLoss, PairedLoss):
@@ -77,14 +106,22 @@ class AOTPairedLoss(SortedLoss, PairedLoss):
 
         With `weights`, quantiles are those of the weighted samples. A batch of one pair warns: it is plain DPO.
         """
-        pc, pr, rc, rr, weights = self._prepare(
-            policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, weights
-        )
-        if len(pc) == 1:
+        logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+        check_vectors(PAIRED_NAMES, logps, weights)
+        dtype = samples_dtype(*logps)
+        pc, pr, rc, rr = (x.to(dtype) for x in logps)
+        # The reference is a constant of the problem, whatever graph it comes with.
+        u, v = pc - pr, _constant(rc - rr)
+        try:
+            loss, dominance = self._transport(u, None, v, None, None, weights, weights)
+        except ValueError:
+            check_values(PAIRED_NAMES, logps, weights)
+            raise
+        if weights is not None and _is_zero(loss):
+            check_weight_values(weights)
+        if len(u) == 1:
             _warn(f"{type(self).__name__}: {SINGLE}")
-        margins, mass = sorted_margins(pc - pr, rc - rr, weights, weights)
-        value, _ = Mean()(self._link(margins), mass)
-        return (value, self._metrics(pc, pr, rc, rr) | dominance_metrics(margins, mass)) if return_metrics else value
+        return (loss, self._metrics(pc, pr, rc, rr) | _dominance_metrics(dominance)) if return_metrics else loss
 
 
 class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
@@ -120,32 +157,35 @@ class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
 
         Returns:
             A scalar, float32 or float64; or (scalar, metrics). A batch that holds one class only has nothing to
-            match: 0, with a zero gradient and no dominance metrics.
+            match: 0, with a zero gradient and no dominance metrics (zeros where looking would make the host wait).
 
         Raises:
             TypeError, ValueError: dtypes, shapes or devices that do not fit; NaN or infinity on the CPU.
         """
-        policy, ref, desirable, weights = self._prepare(policy_logps, ref_logps, desirable, weights)
-        ratios = policy - ref
-        in_u, in_v = desirable, ~desirable
-        if weights is not None:
-            # Zero weight is absence, so that a class of nothing else counts as missing.
-            in_u, in_v = in_u & (weights > 0), in_v & (weights > 0)
-        u, v = ratios[in_u], ratios[in_v]
-        if len(u) == 0 or len(v) == 0:
-            if len(ratios):
-                _warn(
-                    f"{type(self).__name__}: one class only in a batch of {len(ratios)}, so there is nothing to match"
-                )
-            value = 0 * ratios.sum()
-            return (value, self._metrics(policy, ref, desirable)) if return_metrics else value
-        if len(u) == len(v) == 1:
+        logps = (policy_logps, ref_logps)
+        check_vectors(UNPAIRED_NAMES, logps, weights)
+        check_tensor("desirable", desirable, dtypes=(torch.bool,))
+        check_shape("desirable", desirable, policy_logps.shape, "policy_logps' shape")
+        check_same_device("desirable", desirable, "policy_logps", policy_logps)
+        try:
+            loss, dominance = self._transport(policy_logps, ref_logps, None, None, desirable, weights, None)
+        except ValueError:
+            check_values(UNPAIRED_NAMES, logps, weights)
+            raise
+        one_class = _is_zero(loss) and self._is_one_class(desirable, weights)
+        if one_class and len(desirable):
+            _warn(f"{type(self).__name__}: one class only in a batch of {len(desirable)}, so there is nothing to match")
+        elif len(desirable) == 2:
             _warn(f"{type(self).__name__}: {SINGLE}")
-        u_weights, v_weights = (None, None) if weights is None else (weights[in_u], weights[in_v])
-        margins, mass = sorted_margins(u, v, u_weights, v_weights)
-        value, _ = Mean()(self._link(margins), mass)
-        return (
-            (value, self._metrics(policy, ref, desirable) | dominance_metrics(margins, mass))
-            if return_metrics
-            else value
-        )
+        if not return_metrics:
+            return loss
+        dtype = samples_dtype(*logps)
+        metrics = self._metrics(policy_logps.to(dtype), ref_logps.to(dtype).detach(), desirable)
+        return loss, metrics if one_class else metrics | _dominance_metrics(dominance)
+
+    @staticmethod
+    def _is_one_class(desirable: Tensor, weights: Tensor | None) -> bool:
+        if weights is not None:
+            check_weight_values(weights)
+            desirable = desirable[weights > 0]  # zero weight is absence
+        return bool(desirable.all()) or not bool(desirable.any())

@@ -14,51 +14,119 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robustloss.naive.links import link_loss
+
+
+def samples_dtype(*samples: Tensor | None) -> torch.dtype:
+    """float64 if any sample is, else float32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in samples) else torch.float32
+
+
+def sorted_transport(
+    u: Tensor,  # [R, n]
+    u_ref: Tensor | None = None,  # [R, n]; None counts as zeros, here and below
+    v: Tensor | None = None,  # [R, m]
+    v_ref: Tensor | None = None,  # [R, m]
+    desirable: Tensor | None = None,  # bool [R, n], instead of v: u's other samples are the other side
+    u_weights: Tensor | None = None,  # [R, n], non-negative; zero is absence
+    v_weights: Tensor | None = None,  # [R, m]
+    *,
+    link: str = "logistic",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(value [R], differentiable; statistics [R, 2], detached: `dominance_violation`); 0 where a side is empty.
+
+    Nothing here depends on the data but numbers, so that it compiles, and no host waits for a device.
+    """
+    u, v, u_weights, v_weights = two_samples(u, u_ref, v, v_ref, desirable, u_weights, v_weights)
+    margins, mass = sorted_margins(u, v, u_weights, v_weights)
+    losses = margins
+    if link != "identity":
+        losses = link_loss(margins, beta=beta, link=link, label_smoothing=label_smoothing)
+    value = losses.mean(-1) if mass is None else (mass * losses).sum(-1)
+    return value, torch.stack(dominance_violation(margins.detach(), mass), -1)
+
+
+def two_samples(
+    u: Tensor,
+    u_ref: Tensor | None,
+    v: Tensor | None,
+    v_ref: Tensor | None,
+    desirable: Tensor | None,
+    u_weights: Tensor | None,
+    v_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What `match` takes; labelled samples are on both sides, on one of them without weight."""
+    dtype = samples_dtype(u, u_ref, v, v_ref)
+    u = u.to(dtype) if u_ref is None else u.to(dtype) - u_ref.to(dtype)
+    if desirable is None:
+        assert v is not None
+        v = v.to(dtype) if v_ref is None else v.to(dtype) - v_ref.to(dtype)
+        return u, v, u_weights, v_weights
+    if u_weights is None:
+        return u, u, desirable, ~desirable
+    return u, u, u_weights * desirable, u_weights * ~desirable
+
 
 def sorted_margins(
-    u: Tensor,  # [n]
-    v: Tensor,  # [m]
-    u_weights: Tensor | None = None,  # [n], non-negative
-    v_weights: Tensor | None = None,  # [m]
+    u: Tensor, v: Tensor, u_weights: Tensor | None = None, v_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The margins between matched quantiles, and the mass of each: (margins [cells], mass [cells] or None if all are
-    equal).
+    """The margins between matched quantiles, 0 in cells without mass, and the mass of each, as `match`."""
+    u_cells, v_cells, mass = match(u, v, u_weights, v_weights)
+    margins = u.gather(-1, u_cells) - v.gather(-1, v_cells)
+    return margins if mass is None else torch.where(mass > 0, margins, 0.0), mass
 
-    At ties the stable sort decides, a valid and deterministic subgradient.
+
+def match(
+    u: Tensor,  # [..., n]
+    v: Tensor,  # [..., m]
+    u_weights: Tensor | None = None,  # [..., n], non-negative, or bool: whether a sample is there
+    v_weights: Tensor | None = None,  # [..., m]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Which sample of u meets which of v in each cell of the merged quantile grids, and the cell's mass: two indices
+    [..., cells] and a mass [..., cells], None if all are equal.
+
+    At ties the stable sort decides. There are n + m cells whatever the data, some of mass zero: all of them where the
+    weights of a side are all zero. Without samples on a side there are no cells.
     """
-    u_sorted, u_order = u.sort(stable=True)
-    v_sorted, v_order = v.sort(stable=True)
-    if u_weights is None and v_weights is None:
-        if len(u) == len(v):
-            return u_sorted - v_sorted, None
-        # Levels i/n and j/m as integers over n * m: the cells are exact.
-        u_levels = torch.arange(1, len(u) + 1, device=u.device) * len(v)
-        v_levels = torch.arange(1, len(v) + 1, device=u.device) * len(u)
-        total = len(u) * len(v)
+    u_order, v_order = (x.argsort(dim=-1, stable=True) for x in (u, v))
+    if u.shape[-1] == 0 or v.shape[-1] == 0:
+        return u_order[..., :0], v_order[..., :0], u[..., :0].detach()
+    if u_weights is None and v_weights is None and u.shape[-1] == v.shape[-1]:
+        return u_order, v_order, None
+    u_levels, v_levels = _cumulative(u_weights, u_order), _cumulative(v_weights, v_order)
+    u_total, v_total = u_levels[..., -1:], v_levels[..., -1:]
+    if u_levels.is_floating_point() or v_levels.is_floating_point():
+        u_levels, v_levels, total = u_levels.double() / u_total, v_levels.double() / v_total, 1
     else:
-        u_levels = _weight_levels(u, u_weights, u_order)
-        v_levels = _weight_levels(v, v_weights, v_order)
-        total = 1
-    levels = torch.cat([u_levels, v_levels]).sort().values
-    mass = (levels.diff(prepend=levels.new_zeros(1)).double() / total).to(u.dtype)
-    u_cells = torch.searchsorted(u_levels, levels).clamp(max=len(u) - 1)
-    v_cells = torch.searchsorted(v_levels, levels).clamp(max=len(v) - 1)
-    return u_sorted[u_cells] - v_sorted[v_cells], mass
+        # Levels i/n and j/m as integers over n * m: the cells are exact.
+        u_levels, v_levels, total = u_levels * v_total, v_levels * u_total, u_total * v_total
+    levels = torch.cat([u_levels, v_levels], -1).sort(-1).values
+    mass = levels.diff(dim=-1, prepend=torch.zeros_like(levels[..., :1])).double() / total
+    # A level that is no number is that of a side whose weights are all zero.
+    mass = torch.where((mass > 0) & (u_total > 0) & (v_total > 0), mass, 0.0).to(u.dtype)
+    u_cells, v_cells = (
+        order.gather(-1, torch.searchsorted(own, levels).clamp(max=order.shape[-1] - 1))
+        for order, own in ((u_order, u_levels), (v_order, v_levels))
+    )
+    return u_cells, v_cells, mass
 
 
-def _weight_levels(values: Tensor, weights: Tensor | None, order: Tensor) -> Tensor:
-    """The cumulative mass up to and including each sorted sample, in float64, ending at exactly one."""
-    mass = torch.ones_like(values) if weights is None else weights
-    cumulative = mass.detach().double()[order].cumsum(0)
-    return cumulative / cumulative[-1:]
+def _cumulative(weights: Tensor | None, order: Tensor) -> Tensor:
+    """The mass up to and including each sorted sample: integers where samples count one, else float64."""
+    if weights is None:
+        return torch.arange(1, order.shape[-1] + 1, device=order.device).expand(order.shape)
+    mass = weights.detach().to(torch.int64 if weights.dtype == torch.bool else torch.float64)
+    return mass.gather(-1, order).cumsum(-1)
 
 
 def dominance_violation(margins: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
-    r"""How far u is from dominating v in the first order: (area [], w1 []), both 0 where it does.
+    r"""How far u is from dominating v in the first order: (area [...], w1 [...]), both 0 where it does.
 
     area is the share of quantile levels at which :math:`F_u^{-1} < F_v^{-1}`, between 0 and 1; w1 is
     :math:`\int_0^1 (F_v^{-1} - F_u^{-1})_+ ds`, in nats, the Wasserstein-1 distance from u to the nearest distribution
     that dominates v. Source: [A] App. F (area of violation, Wasserstein-1 violation).
     """
-    mass = torch.full_like(margins, 1 / max(margins.numel(), 1)) if mass is None else mass
-    return (mass * (margins < 0)).sum(), (mass * (-margins).relu()).sum()
+    mass = torch.full_like(margins, 1 / max(margins.shape[-1], 1)) if mass is None else mass
+    return (mass * (margins < 0)).sum(-1), (mass * (-margins).relu()).sum(-1)

@@ -60,6 +60,32 @@ def register_triton(op: str, launcher: str) -> None:
     LIBRARY.impl(op, launch, "CUDA")
 
 
+def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """As `torch.library.register_autograd`, for ops without keyword-only arguments, at less than half its cost a call.
+
+    The small losses need it: 32 us forward and backward instead of 53.
+    """
+    overload = getattr(torch.ops.robustloss, op).default
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):  # pyright: ignore[reportIncompatibleMethodOverride]
+            output = below(*args)
+            setup_context(ctx, args, output)
+            return output
+
+    def below(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    def call(*args: Any) -> Any:
+        wanted = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+        return Differentiable.apply(*args) if wanted else below(*args)
+
+    Differentiable.backward = staticmethod(backward)
+    LIBRARY.impl(op, call, "Autograd")
+
+
 _warned = False
 
 

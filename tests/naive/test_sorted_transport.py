@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linprog
 
 from robustloss.naive.links import LINKS, link_loss
-from robustloss.naive.sorted_transport import dominance_violation, sorted_margins
+from robustloss.naive.sorted_transport import dominance_violation, sorted_margins, sorted_transport
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 SIZES = [(1, 1), (1, 5), (5, 1), (4, 4), (6, 4), (3, 7), (12, 8), (100, 33)]
@@ -207,3 +207,61 @@ def test_equal_samples_violate_nothing():
     assert area == w1 == 0
     (gradient,) = torch.autograd.grad(area + w1, u)
     assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_labelled_samples_are_two_samples(n, m, weighted):
+    u, v, a, b = sample(n, m, weighted)
+    order = torch.randperm(n + m)
+    both, desirable = torch.cat([u, v])[order], (torch.arange(n + m) < n)[order]
+    weights = torch.cat([a, b])[order][None] if weighted else None
+    value, statistics = sorted_transport(both[None], desirable=desirable[None], u_weights=weights, beta=1.0)
+    margins, mass = sorted_margins(u, v, a, b)
+    torch.testing.assert_close(value[0], transport_cost(u, v, a, b, link="logistic", beta=1.0), **CLOSE)
+    torch.testing.assert_close(statistics[0], torch.stack(dominance_violation(margins, mass)), **CLOSE)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_rows_are_problems_of_their_own(n, m, weighted):
+    rows = [sample(n, m, weighted), sample(n, m, weighted)]
+    rows[1] = [None if x is None else x.flip(0).square() for x in rows[1]]
+    u, v, a, b = (None if xs[0] is None else torch.stack(xs) for xs in zip(*rows, strict=True))
+    value, _ = sorted_transport(u, None, v, None, None, a, b, beta=1.0)
+    expected = torch.stack([transport_cost(*row, link="logistic", beta=1.0) for row in rows])
+    torch.testing.assert_close(value, expected, **CLOSE)
+
+
+def test_references_are_subtracted_from_their_side():
+    u, v, *_ = sample(6, 4)
+    shifted, _ = sorted_transport((u + 3)[None], torch.full((1, 6), 3.0), (v - 1)[None], torch.full((1, 4), -1.0))
+    torch.testing.assert_close(shifted, sorted_transport(u[None], v=v[None])[0], **CLOSE)
+
+
+@pytest.mark.parametrize("weights", ["of one side", "of both", "labels"])
+def test_a_side_without_weight_gives_zero_and_no_gradient(weights):
+    u, v, *_ = sample(4, 3)
+    u, v = u[None].requires_grad_(), v[None].requires_grad_()
+    nothing = torch.zeros(1, 4)
+    if weights == "labels":
+        value, statistics = sorted_transport(u, desirable=nothing.bool())
+    else:
+        v_weights = torch.zeros(1, 3) if weights == "of both" else None
+        value, statistics = sorted_transport(u, v=v, u_weights=nothing, v_weights=v_weights)
+    assert not value.any()
+    assert not statistics.any()
+    assert not torch.autograd.grad(value.sum(), u)[0].any()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_shapes_do_not_depend_on_the_data(weighted):
+    """It compiles as a whole, and no host waits for a device."""
+    torch._dynamo.reset()
+    compiled = torch.compile(sorted_transport, fullgraph=True, backend="aot_eager")
+    u, _, a, _ = sample(9, 1, weighted)
+    a = None if a is None else a[None]
+    for desirable in (u > 0, u > 1):
+        expected = sorted_transport(u[None], desirable=desirable[None], u_weights=a)
+        for got, wanted in zip(compiled(u[None], desirable=desirable[None], u_weights=a), expected, strict=True):
+            torch.testing.assert_close(got, wanted)
