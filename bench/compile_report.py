@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from robustloss.kernels import sequence_sum, token_logps, token_logratios
+from robustloss.kernels import _isotonic, sequence_sum, soft_sort, token_logps, token_logratios
 from robustloss.kernels._row import row_tile
 
 TARGETS = {
@@ -43,7 +43,14 @@ VOCABULARY = 151_936
 
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 # Hardly any bytes pass through these; each token's share is one number.
-NARROW_KERNELS = ("sequence_sum_kernel", "sequence_repeat_kernel")
+NARROW_KERNELS = (
+    "sequence_sum_kernel",
+    "sequence_repeat_kernel",
+    "isotonic_tile_kernel",
+    "isotonic_row_kernel",
+    "isotonic_write_kernel",
+    "block_sum_kernel",
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Case:
     constants: dict[str, Any]
     num_warps: int
     aligned: bool = True
+    cuda_options: dict[str, Any] = field(default_factory=dict)
 
     def source(self) -> ASTSource:
         signature, attributes = {}, {}
@@ -91,6 +99,8 @@ def cases(warp_size: int) -> Iterator[Case]:
     yield from _token_logps(warp_size)
     yield from _token_logratios(warp_size)
     yield from _sequence_sum()
+    yield from _soft_sort(warp_size)
+    yield from _block_sum(warp_size)
 
 
 def _rows(dtype: str, *names: str) -> dict[str, str]:
@@ -152,11 +162,54 @@ def _sequence_sum() -> Iterator[Case]:
         yield Case(sequence_sum.sequence_repeat_kernel, f"{dtype}, {offsets}", arguments, {"BLOCK": 1024}, 4)
 
 
+def _soft_sort(warp_size: int) -> Iterator[Case]:
+    integers = dict.fromkeys(("n_positions", "log2_tile", "n_sizes"), "i32")
+    pointers = {"p_order": "*i64", "p_result_order": "*i32", "p_start": "*i32", "p_pooled": "*i32"}
+    pointers |= dict.fromkeys(("p_scratch", "p_tile_sums"), "*fp64")
+    lanes, block = soft_sort.lanes_and_block(soft_sort.TILE)
+    # All is float64 but what is read and written: other types differ there only.
+    for dtype, rank, kl in [
+        *product(("fp32",), (False, True), (False, True)),
+        *product(("bf16", "fp64"), (False,), (False,)),
+    ]:
+        arguments = integers | pointers | dict.fromkeys(("p_values", "p_result"), f"*{dtype}")
+        name = f"{dtype}, {'rank' if rank else 'sort'}, {'kl' if kl else 'l2'}"
+        constants: dict[str, Any] = {"RANK": rank, "KL": kl}
+        tile = constants | {"LANES": lanes, "BLOCK": block}
+        for whole_row in (True, False):
+            variant = name if whole_row else f"{name}, several tiles"
+            kernel, warps = _isotonic.isotonic_tile_kernel, lanes // warp_size
+            yield Case(kernel, variant, arguments, tile | {"WHOLE_ROW": whole_row}, warps)
+        row, warps = constants | {"LANES": soft_sort.ROW_LANES}, soft_sort.ROW_LANES // warp_size
+        options = soft_sort.CUDA_OPTIONS
+        yield Case(_isotonic.isotonic_row_kernel, name, arguments, row, warps, cuda_options=options)
+        write = constants | {"BLOCK": soft_sort.BLOCK}
+        yield Case(_isotonic.isotonic_write_kernel, name, arguments, write, soft_sort.BLOCK // (4 * warp_size))
+
+
+def _block_sum(warp_size: int) -> Iterator[Case]:
+    integers = dict.fromkeys(("n_positions", "stride_row", "stride_position"), "i32")
+    ops = (("block_sum", False), *product(("soft_sort", "soft_rank"), (False, True)))
+    passes = {"": (True, True), ", parts": (True, False), ", whole": (False, True)}
+    for dtype, (op, kl), (part, (find, apply)) in product(("fp32", "fp64"), ops, passes.items()):
+        arguments = integers | {"p_order": "*i32", "p_start": "*i32", "p_parts": f"*{dtype}"}
+        arguments |= dict.fromkeys(("p_inputs", "p_values", "p_outputs"), f"*{dtype}")
+        constants = {"OP": op, "KL": kl, "SUM": find, "APPLY": apply, "BLOCK": soft_sort.SUM_TILE}
+        for name in (*(() if kl else ("p_values",)), *(("p_order",) if op == "block_sum" else ())):
+            constants[name] = None
+            del arguments[name]
+        variant = f"{dtype}, {op}{', kl' if kl else ''}{part}"
+        warps = soft_sort.SUM_TILE // (4 * warp_size)
+        options = soft_sort.CUDA_OPTIONS
+        yield Case(soft_sort.block_sum_kernel, variant, arguments, constants, warps, cuda_options=options)
+
+
 def compile_case(index: int, target_name: str) -> Row:
     """Compile one of `cases`, which is named by its number because a kernel does not travel between processes."""
     target = TARGETS[target_name]
     case = list(cases(target.warp_size))[index]
-    binary = triton.compile(case.source(), target=target, options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps} | (case.cuda_options if target.backend == "cuda" else {})
+    binary = triton.compile(case.source(), target=target, options=options)
     inspect = _inspect_cuda if target.backend == "cuda" else _inspect_hip
     registers, local_bytes, load_bytes, store_bytes = inspect(binary.asm)
     shared_bytes = binary.metadata.shared
