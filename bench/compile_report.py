@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from robustloss.kernels import sequence_sum, token_logps, token_logratios
+from robustloss.kernels import sequence_sum, sinkhorn_sort, token_logps, token_logratios
 from robustloss.kernels._row import row_tile
 
 TARGETS = {
@@ -43,7 +43,13 @@ VOCABULARY = 151_936
 
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 # Hardly any bytes pass through these; each token's share is one number.
-NARROW_KERNELS = ("sequence_sum_kernel", "sequence_repeat_kernel")
+NARROW_KERNELS = (
+    "sequence_sum_kernel",
+    "sequence_repeat_kernel",
+    "sinkhorn_sort_kernel",
+    "sinkhorn_sort_pass_kernel",
+    "sinkhorn_sort_advance_kernel",
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ def cases(warp_size: int) -> Iterator[Case]:
     yield from _token_logps(warp_size)
     yield from _token_logratios(warp_size)
     yield from _sequence_sum()
+    yield from _sinkhorn_sort(warp_size)
 
 
 def _rows(dtype: str, *names: str) -> dict[str, str]:
@@ -150,6 +157,24 @@ def _sequence_sum() -> Iterator[Case]:
     for dtype, offsets in product(("fp32", "fp64"), ("i32", "i64")):
         arguments = integers | {"p_values": f"*{dtype}", "p_tokens": f"*{dtype}", "p_cu_seqlens": f"*{offsets}"}
         yield Case(sequence_sum.sequence_repeat_kernel, f"{dtype}, {offsets}", arguments, {"BLOCK": 1024}, 4)
+
+
+def _sinkhorn_sort(warp_size: int) -> Iterator[Case]:
+    arguments = dict.fromkeys(("p_state", "p_scalars"), "*fp64") | {"n": "i32"}
+    for n, double in product((256, 512, 1024, 4096), (False, True)):
+        tile = sinkhorn_sort.tile(n, double)
+        num_warps, constants = tile.pop("num_warps"), {"DOUBLE": double, **tile}
+        variant = f"{'fp64' if double else 'fp32'}, n = {n}"
+        yield Case(sinkhorn_sort.sinkhorn_sort_pass_kernel, variant, arguments, constants, num_warps)
+        for adjoint in (False, True):
+            name, every = f"{variant}{', adjoint' if adjoint else ''}", {"ADJOINT": adjoint, **constants}
+            if sinkhorn_sort.in_one_program(n, double, warp_size):
+                yield Case(sinkhorn_sort.sinkhorn_sort_kernel, name, arguments, every, num_warps)
+    for n, adjoint in product((1024, 4096), (False, True)):
+        tile = sinkhorn_sort.tile(n, False)
+        constants = {"ADJOINT": adjoint, "BLOCK": tile["BLOCK"]}
+        name = f"n = {n}{', adjoint' if adjoint else ''}"
+        yield Case(sinkhorn_sort.sinkhorn_sort_advance_kernel, name, arguments, constants, tile["num_warps"])
 
 
 def compile_case(index: int, target_name: str) -> Row:
@@ -229,7 +254,8 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def report() -> list[Row]:
-    numbers = [(index, target) for index, _ in enumerate(cases(32)) for target in TARGETS]
+    numbers = [(index, name) for name, target in TARGETS.items() for index, _ in enumerate(cases(target.warp_size))]
+    numbers.sort(key=lambda number: number[0])
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as processes:
         return list(processes.map(compile_case, *zip(*numbers, strict=True)))
 

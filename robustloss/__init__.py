@@ -26,6 +26,7 @@ from robustloss.losses import (
     Mean,
     WDPOLoss,
 )
+from robustloss.sorting import sinkhorn_sort
 
 __all__ = [
     "LOSSES",
@@ -45,5 +46,6 @@ __all__ = [
     "linear_sequence_logratios",
     "sequence_logps",
     "sequence_logratios",
+    "sinkhorn_sort",
     "token_logps",
 ]
