@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from robustloss.kernels import _isotonic, sequence_sum, soft_sort, token_logps, token_logratios
+from robustloss.kernels import _isotonic, sequence_sum, sinkhorn_sort, soft_sort, token_logps, token_logratios
 from robustloss.kernels._row import row_tile
 
 TARGETS = {
@@ -50,6 +50,9 @@ NARROW_KERNELS = (
     "isotonic_row_kernel",
     "isotonic_write_kernel",
     "block_sum_kernel",
+    "sinkhorn_sort_kernel",
+    "sinkhorn_sort_pass_kernel",
+    "sinkhorn_sort_advance_kernel",
 )
 
 
@@ -101,6 +104,7 @@ def cases(warp_size: int) -> Iterator[Case]:
     yield from _sequence_sum()
     yield from _soft_sort(warp_size)
     yield from _block_sum(warp_size)
+    yield from _sinkhorn_sort(warp_size)
 
 
 def _rows(dtype: str, *names: str) -> dict[str, str]:
@@ -191,7 +195,9 @@ def _block_sum(warp_size: int) -> Iterator[Case]:
     integers = dict.fromkeys(("n_positions", "stride_row", "stride_position"), "i32")
     ops = (("block_sum", False), *product(("soft_sort", "soft_rank"), (False, True)))
     passes = {"": (True, True), ", parts": (True, False), ", whole": (False, True)}
-    for dtype, (op, kl), (part, (find, apply)) in product(("fp32", "fp64"), ops, passes.items()):
+    # float64 has all that float32 has, in twice the registers: the op that needs most of them stands for it.
+    wanted = [("fp64", ("soft_rank", True), ("", (True, True))), *product(("fp32",), ops, passes.items())]
+    for dtype, (op, kl), (part, (find, apply)) in wanted:
         arguments = integers | {"p_order": "*i32", "p_start": "*i32", "p_parts": f"*{dtype}"}
         arguments |= dict.fromkeys(("p_inputs", "p_values", "p_outputs"), f"*{dtype}")
         constants = {"OP": op, "KL": kl, "SUM": find, "APPLY": apply, "BLOCK": soft_sort.SUM_TILE}
@@ -202,6 +208,24 @@ def _block_sum(warp_size: int) -> Iterator[Case]:
         warps = soft_sort.SUM_TILE // (4 * warp_size)
         options = soft_sort.CUDA_OPTIONS
         yield Case(soft_sort.block_sum_kernel, variant, arguments, constants, warps, cuda_options=options)
+
+
+def _sinkhorn_sort(warp_size: int) -> Iterator[Case]:
+    arguments = dict.fromkeys(("p_state", "p_scalars"), "*fp64") | {"n": "i32"}
+    for n, double in product((256, 512, 1024, 4096), (False, True)):
+        tile = sinkhorn_sort.tile(n, double)
+        num_warps, constants = tile.pop("num_warps"), {"DOUBLE": double, **tile}
+        variant = f"{'fp64' if double else 'fp32'}, n = {n}"
+        yield Case(sinkhorn_sort.sinkhorn_sort_pass_kernel, variant, arguments, constants, num_warps)
+        for adjoint in (False, True):
+            name, every = f"{variant}{', adjoint' if adjoint else ''}", {"ADJOINT": adjoint, **constants}
+            if sinkhorn_sort.in_one_program(n, double, warp_size):
+                yield Case(sinkhorn_sort.sinkhorn_sort_kernel, name, arguments, every, num_warps)
+    for n, adjoint in product((1024, 4096), (False, True)):
+        tile = sinkhorn_sort.tile(n, False)
+        constants = {"ADJOINT": adjoint, "BLOCK": tile["BLOCK"]}
+        name = f"n = {n}{', adjoint' if adjoint else ''}"
+        yield Case(sinkhorn_sort.sinkhorn_sort_advance_kernel, name, arguments, constants, tile["num_warps"])
 
 
 def compile_case(index: int, target_name: str) -> Row:
@@ -282,7 +306,8 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def report() -> list[Row]:
-    numbers = [(index, target) for index, _ in enumerate(cases(32)) for target in TARGETS]
+    numbers = [(index, name) for name, target in TARGETS.items() for index, _ in enumerate(cases(target.warp_size))]
+    numbers.sort(key=lambda number: number[0])
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as processes:
         return list(processes.map(compile_case, *zip(*numbers, strict=True)))
 

@@ -38,6 +38,7 @@ from robustloss.losses import (
     TVDPOLoss,
     WDPOLoss,
 )
+from robustloss.sorting import sinkhorn_sort
 
 __all__ = [
     "LOSSES",
@@ -66,6 +67,7 @@ __all__ = [
     "linear_sequence_logratios",
     "sequence_logps",
     "sequence_logratios",
+    "sinkhorn_sort",
     "soft_rank",
     "soft_sort",
     "sorted_transport",
