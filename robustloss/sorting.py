@@ -3,8 +3,9 @@ r"""Differentiable sorting and ranking along the last dimension.
 All work under torch.compile(fullgraph=True); results have the input's dtype. `sinkhorn_sort` is described by itself.
 
 `soft_sort` and `soft_rank` cost a sort and a linear pass, are exact (not iterative) and twice differentiable.
-`strength` has the unit of 1 / values in `soft_sort` and of values in `soft_rank`. Statistics are float64. At ties and where two blocks are about to be pooled the function has a kink, and
-the gradient is a valid and deterministic subgradient.
+`strength` has the unit of 1 / values in `soft_sort` and of values in `soft_rank`. Statistics are float64. At ties and
+where two blocks are about to be pooled the function has a kink, and the gradient is a valid and deterministic
+subgradient.
 
     values: [..., n], float32, bfloat16, float16 or float64, finite (ValueError on the CPU; on a GPU looking would make
         the host wait).
