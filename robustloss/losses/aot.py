@@ -56,7 +56,7 @@ class SortedLoss(PreferenceLoss):
     ):
         super().__init__(beta, link, label_smoothing, reduction)
         self.sort = check_choice("sort", sort, SORTS)
-        self.strength = check_strength(strength)
+        self.strength = _check_strength(strength)
         if sort == "hard" and strength != "auto":
             raise ValueError(
                 f"strength={strength!r} softens a sort, and sort is 'hard': give sort='soft_l2', or leave it out"
@@ -69,11 +69,12 @@ class SortedLoss(PreferenceLoss):
 
     def _soften(self, samples: Tensor) -> Tensor:
         """The soft order statistics of the samples [n], in their own unit."""
+        given = self.strength if isinstance(self.strength, float) else None
         if self.sort == "sinkhorn":
-            return sinkhorn_sort(samples, **({} if self.strength == "auto" else {"strength": self.strength}))
+            return sinkhorn_sort(samples) if given is None else sinkhorn_sort(samples, strength=given)
         regularization = self.sort.removeprefix("soft_")
-        if self.strength != "auto":
-            return soft_sort(samples, regularization=regularization, strength=self.strength)
+        if given is not None:
+            return soft_sort(samples, regularization=regularization, strength=given)
         # A constant of the problem, and a tensor: the host does not wait for it.
         fixed = samples.detach()
         scale = (fixed - fixed.mean()).square().mean().sqrt() if len(fixed) else fixed.new_ones(())
@@ -91,7 +92,7 @@ class SortedLoss(PreferenceLoss):
         return value.squeeze(0), dominance.squeeze(0)
 
 
-def check_strength(strength: object) -> float | str:
+def _check_strength(strength: object) -> float | str:
     if isinstance(strength, str):
         return check_choice("strength", strength, ("auto",))
     return check_number("strength", strength, above=0)
@@ -129,8 +130,8 @@ class AOTPairedLoss(SortedLoss, PairedLoss):
         strength: of the soft sorts, > 0, as the functions take it (`soft_sort`: 1 / nats; `sinkhorn_sort`: relative to
             the variance). "auto": 0.01 for sinkhorn; for the others n / (4 standard deviations) for n samples, held
             fixed, so that neighbours further apart than 4 standard deviations / n are pooled at any scale and size. Of
-            normally distributed samples these are three quarters, and the softened ones spread about 6% less. (n has to be
-            in it: `soft_sort` pools gaps above 1 / strength, and hardly a gap of many samples is a standard deviation.)
+            normally distributed samples these are three quarters, and the softened ones spread about 6% less. (It needs
+            n: `soft_sort` pools gaps above 1 / strength, and hardly a gap of many samples is a standard deviation.)
         reduction: "mean"; "none" is refused, as the loss couples the batch.
 
     Metrics: `DPOLoss`'s, and dominance/violation_area, dominance/violation_w1 (`naive.sorted_transport` of u
