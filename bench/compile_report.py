@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from robustloss.kernels import sequence_sum, token_logps, token_logratios
+from robustloss.kernels import preference_loss, sequence_sum, sorted_transport, token_logps, token_logratios
 from robustloss.kernels._row import row_tile
 
 TARGETS = {
@@ -42,8 +42,18 @@ WIDE = 16  # bytes: the widest access that all of these GPUs have
 VOCABULARY = 151_936
 
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
-# Hardly any bytes pass through these; each token's share is one number.
-NARROW_KERNELS = ("sequence_sum_kernel", "sequence_repeat_kernel")
+# Hardly any bytes pass through these: a token's or a pair's share is a few numbers, of which there may be any number.
+NARROW_KERNELS = (
+    "sequence_sum_kernel",
+    "sequence_repeat_kernel",
+    "preference_loss_kernel",
+    "preference_loss_margin_kernel",
+    "preference_loss_shape_kernel",
+    "preference_loss_gradient_kernel",
+    "sorted_transport_row_kernel",
+    "sorted_transport_cell_kernel",
+    "sorted_transport_join_kernel",
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,8 @@ def cases(warp_size: int) -> Iterator[Case]:
     yield from _token_logps(warp_size)
     yield from _token_logratios(warp_size)
     yield from _sequence_sum()
+    yield from _preference_loss(warp_size)
+    yield from _sorted_transport(warp_size)
 
 
 def _rows(dtype: str, *names: str) -> dict[str, str]:
@@ -150,6 +162,73 @@ def _sequence_sum() -> Iterator[Case]:
     for dtype, offsets in product(("fp32", "fp64"), ("i32", "i64")):
         arguments = integers | {"p_values": f"*{dtype}", "p_tokens": f"*{dtype}", "p_cu_seqlens": f"*{offsets}"}
         yield Case(sequence_sum.sequence_repeat_kernel, f"{dtype}, {offsets}", arguments, {"BLOCK": 1024}, 4)
+
+
+def _preference_loss(warp_size: int) -> Iterator[Case]:
+    links = ("robust", "logistic", "hinge", "squared_hinge", "least_squares", "ipo", "identity")
+    kinds = ("kl_ball", "chi_square", "cvar")  # of solvers, the longest of each
+    aggregates = (*kinds, "mean", "kl_tilt", "kl_tilt_unnormalized", "soft_min", "total_variation")
+    parallel = preference_loss.PARALLEL_BLOCK
+    inputs = ("p_chosen", "p_rejected", "p_ref_chosen", "p_ref_rejected", "p_weights")
+    outputs = ("p_losses", "p_slopes", "p_value", "p_gradient", "p_worst_case", "p_statistics")
+    for dtype in ("fp32", "fp64"):
+        block, num_warps = preference_loss.block_and_warps(preference_loss.MOST_AT_ONCE, ITEMSIZE[dtype], warp_size)
+        arguments = {"n_pairs": "i32", "n_sums": "i32", "p_sums": "*fp64", "p_shape": "*fp64"}
+        arguments |= dict.fromkeys(inputs, "*bf16") | dict.fromkeys(outputs, f"*{dtype}")
+        kernel = preference_loss.preference_loss_kernel
+        for aggregate in aggregates if dtype == "fp32" else kinds:
+            constants = {"AGGREGATE": aggregate, "BLOCK": block}
+            shape_kernel = preference_loss.preference_loss_shape_kernel
+            yield Case(shape_kernel, f"{dtype}, {aggregate}", arguments, constants, num_warps)
+            yield Case(kernel, f"{dtype}, robust, {aggregate}", arguments, constants | {"LINK": "robust"}, num_warps)
+        chosen_only = {name: kind for name, kind in arguments.items() if name not in inputs[1:]}
+        constants = _absent(kernel, chosen_only) | {"LINK": "identity", "AGGREGATE": "mean", "BLOCK": block}
+        yield Case(kernel, f"{dtype}, identity, mean, chosen only", chosen_only, constants, num_warps)
+        for aggregate in (*kinds, "mean"):
+            gradient_kernel, constants = preference_loss.preference_loss_gradient_kernel, {"AGGREGATE": aggregate}
+            yield Case(gradient_kernel, f"{dtype}, {aggregate}", arguments, constants | {"BLOCK": parallel}, 4)
+        for link in links if dtype == "fp32" else links[:1]:
+            margin_kernel, constants = preference_loss.preference_loss_margin_kernel, {"LINK": link, "BLOCK": parallel}
+            yield Case(margin_kernel, f"{dtype}, {link}", arguments, constants, 4)
+
+
+def _sorted_transport(warp_size: int) -> Iterator[Case]:
+    sizes = dict.fromkeys(("n_u", "n_v", "n_steps", "n_blocks"), "i32")
+    first, second = dict.fromkeys(("p_u", "p_u_ref"), "*bf16"), dict.fromkeys(("p_v", "p_v_ref"), "*bf16")
+    desirable, weights = {"p_desirable": "*i1"}, {"p_u_weights": "*fp32"}
+    levels = {"p_u_levels": "*fp64", "p_v_levels": "*fp64", "p_counts": "*i64"}
+    outputs = ("p_value", "p_u_gradient", "p_v_gradient", "p_statistics", "p_sorted", "p_runs")
+
+    kernel, most = sorted_transport.sorted_transport_row_kernel, sorted_transport.MOST_AT_ONCE
+    variants: dict[str, tuple[dict[str, str], int]] = {
+        "equal sizes": (first | second, 2 * most),
+        "any sizes": (first | second, 2 * most),
+        "weights": (first | second | weights | {"p_v_weights": "*fp32"} | levels, 2 * most),
+        "desirable": (first | desirable, most),
+        "desirable, weights": (first | desirable | weights | levels, most),
+    }
+    for name, (inputs, n_samples) in variants.items():
+        block, num_warps = sorted_transport.block_and_warps(n_samples, warp_size)
+        arguments = sizes | inputs | dict.fromkeys(outputs, "*fp32") | {"p_order": "*i32"}
+        constants = _absent(kernel, arguments) | {"LINK": "robust", "EQUAL": name == "equal sizes"}
+        constants |= {"BLOCK": block, "CELLS": sorted_transport.ROW_CELLS}
+        yield Case(kernel, f"fp32, {name}", arguments, constants, num_warps)
+
+    found = {"p_sums": "*fp64", "p_samples": "*i32", "p_u_order": "*i64", "p_v_order": "*i64"}
+    for dtype, name in product(("fp32", "fp64"), ("equal sizes", "any sizes", "weights")):
+        arguments = sizes | found | dict.fromkeys((*outputs, "p_u", "p_v"), f"*{dtype}")
+        arguments |= levels if name == "weights" else {}
+        kernel, equal = sorted_transport.sorted_transport_cell_kernel, {"EQUAL": name == "equal sizes"}
+        constants = _absent(kernel, arguments) | equal | {"LINK": "robust", "BLOCK": sorted_transport.CELL_BLOCK}
+        yield Case(kernel, f"{dtype}, {name}", arguments, constants, 4)
+        if name != "weights":
+            kernel, constants = sorted_transport.sorted_transport_join_kernel, equal | {"BLOCK": 256}
+            yield Case(kernel, f"{dtype}, {name}", arguments, constants, 4)
+
+
+def _absent(kernel: Any, arguments: dict[str, str]) -> dict[str, None]:
+    """The pointers that are None."""
+    return {x.name: None for x in kernel.params if x.name.startswith("p_") and x.name not in arguments}
 
 
 def compile_case(index: int, target_name: str) -> Row:
