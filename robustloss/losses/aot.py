@@ -15,7 +15,6 @@ from robustloss.losses.base import (
     check_values,
     check_vectors,
 )
-from robustloss.naive.sorted_transport import samples_dtype
 from robustloss.ops.sorted_transport import sorted_transport
 from robustloss.validation import check_choice, check_same_device, check_shape, check_tensor, check_weight_values
 
@@ -51,12 +50,6 @@ class SortedLoss(PreferenceLoss):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sort={self.sort!r}"
-
-    def _transport(self, *samples: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss [] and the dominance violation [2]: one row of the op `sorted_transport`, given its vectors."""
-        rows = [None if x is None else x.unsqueeze(0) for x in samples]
-        value, _, _, dominance = sorted_transport(*rows, self.link, self.beta, self.label_smoothing)
-        return value.squeeze(0), dominance.squeeze(0)
 
 
 def _constant(x: Tensor) -> Tensor:
@@ -108,20 +101,24 @@ class AOTPairedLoss(SortedLoss, PairedLoss):
         """
         logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
         check_vectors(PAIRED_NAMES, logps, weights)
-        dtype = samples_dtype(*logps)
-        pc, pr, rc, rr = (x.to(dtype) for x in logps)
+        pc, pr, rc, rr = logps
         # The reference is a constant of the problem, whatever graph it comes with.
-        u, v = pc - pr, _constant(rc - rr)
+        rc, rr = _constant(rc), _constant(rr)
         try:
-            loss, dominance = self._transport(u, None, v, None, None, weights, weights)
+            loss, _, _, dominance = sorted_transport(
+                pc, pr, rc, rr, None, weights, weights, self.link, self.beta, self.label_smoothing
+            )
         except ValueError:
             check_values(PAIRED_NAMES, logps, weights)
             raise
         if weights is not None and _is_zero(loss):
             check_weight_values(weights)
-        if len(u) == 1:
+        if len(pc) == 1:
             _warn(f"{type(self).__name__}: {SINGLE}")
-        return (loss, self._metrics(pc, pr, rc, rr) | _dominance_metrics(dominance)) if return_metrics else loss
+        if not return_metrics:
+            return loss
+        metrics = self._metrics(*(x.to(loss.dtype) for x in (pc, pr, rc, rr)))
+        return loss, metrics | _dominance_metrics(dominance)
 
 
 class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
@@ -168,7 +165,18 @@ class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
         check_shape("desirable", desirable, policy_logps.shape, "policy_logps' shape")
         check_same_device("desirable", desirable, "policy_logps", policy_logps)
         try:
-            loss, dominance = self._transport(policy_logps, ref_logps, None, None, desirable, weights, None)
+            loss, _, _, dominance = sorted_transport(
+                policy_logps,
+                _constant(ref_logps),
+                None,
+                None,
+                desirable,
+                weights,
+                None,
+                self.link,
+                self.beta,
+                self.label_smoothing,
+            )
         except ValueError:
             check_values(UNPAIRED_NAMES, logps, weights)
             raise
@@ -179,8 +187,7 @@ class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
             _warn(f"{type(self).__name__}: {SINGLE}")
         if not return_metrics:
             return loss
-        dtype = samples_dtype(*logps)
-        metrics = self._metrics(policy_logps.to(dtype), ref_logps.to(dtype).detach(), desirable)
+        metrics = self._metrics(policy_logps.to(loss.dtype), ref_logps.to(loss.dtype).detach(), desirable)
         return loss, metrics if one_class else metrics | _dominance_metrics(dominance)
 
     @staticmethod
