@@ -14,6 +14,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 
@@ -31,7 +32,11 @@ constexpr int64_t kGrain = 4096;
 // Memory of rows of so many samples is kept by the thread, 14 MB at most.
 constexpr int64_t kKept = 1 << 18;
 
-/// One argument [R, n] or none, read in float64.
+int64_t rows(const Tensor& x) { return x.dim() == 1 ? 1 : x.size(0); }
+
+int64_t row_stride(const Tensor& x) { return x.dim() == 1 ? 0 : x.stride(0); }
+
+/// One argument [R, n] or [n] or none, read in float64.
 struct Argument {
     const char* name;
     const Tensor* tensor;  // null for none
@@ -39,6 +44,8 @@ struct Argument {
     Argument(const char* name, const Tensor& tensor) : name(name), tensor(&tensor) {}
     Argument(const char* name, const OptionalTensor& tensor)
         : name(name), tensor(tensor ? &*tensor : nullptr) {}
+
+    int64_t size() const { return tensor->size(-1); }
 
     /// Calls visit(i, value) over the row; false where a value is not finite.
     template <typename Visit>
@@ -49,8 +56,8 @@ struct Argument {
         uint64_t overflow = 0;
         AT_DISPATCH_FLOATING_TYPES_AND2(
             at::kHalf, at::kBFloat16, tensor->scalar_type(), "sorted_transport", [&] {
-                const int64_t n = tensor->size(1), stride = tensor->stride(1);
-                const scalar_t* x = tensor->const_data_ptr<scalar_t>() + row * tensor->stride(0);
+                const int64_t n = size(), stride = tensor->stride(-1);
+                const scalar_t* x = tensor->const_data_ptr<scalar_t>() + row * row_stride(*tensor);
                 const auto read = [&](int64_t i, int64_t at) {
                     const double value = static_cast<double>(static_cast<at::opmath_type<scalar_t>>(x[at]));
                     overflow |= (std::bit_cast<uint64_t>(value) & exponent) + lowest;
@@ -69,14 +76,15 @@ struct Argument {
         if (tensor == nullptr) return;
         int64_t bad = 0, first_row = 0, first = 0;
         double first_value = 0;
-        for (int64_t row = 0; row < tensor->size(0); ++row) {
+        for (int64_t row = 0; row < rows(*tensor); ++row) {
             for_each(row, [&](int64_t i, double value) {
                 if (std::isfinite(value) || bad++ > 0) return;
                 first_row = row, first = i, first_value = value;
             });
         }
         TORCH_CHECK_VALUE(bad == 0, name, " holds ", bad, " non-finite value(s), the first at index (",
-                          first_row, ", ", first, "): ",
+                          tensor->dim() == 1 ? "" : std::to_string(first_row) + ", ", first,
+                          tensor->dim() == 1 ? ",): " : "): ",
                           std::isnan(first_value) ? "nan"
                           : first_value > 0       ? "inf"
                                                   : "-inf",
@@ -86,7 +94,7 @@ struct Argument {
     void refuse_negative() const {
         if (tensor == nullptr) return;
         double smallest = 0;
-        for (int64_t row = 0; row < tensor->size(0); ++row) {
+        for (int64_t row = 0; row < rows(*tensor); ++row) {
             for_each(row, [&](int64_t, double value) { smallest = std::min(smallest, value); });
         }
         TORCH_CHECK_VALUE(smallest >= 0, name, " must be >= 0, got a minimum of ", smallest);
@@ -96,15 +104,15 @@ struct Argument {
 /// What a side is made of: (values - reference)[i], weighted, where i is of this side.
 struct Samples {
     Argument values, reference, weights;
-    const Tensor* desirable;  // bool [R, n], or null: all samples are of this side
+    const Tensor* desirable;  // bool of their shape, or null: all samples are of this side
     bool label;               // that of this side's samples
 
-    void check(int64_t R) const {
+    void check(const Tensor& u) const {
         const Tensor& x = *values.tensor;
-        TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) == R, values.name, " must have shape [", R, ", n], got ",
-                          x.sizes());
-        TORCH_CHECK_VALUE(x.size(1) <= std::numeric_limits<int32_t>::max(), values.name,
-                          " must have fewer than 2^31 samples a row, got ", x.size(1));
+        TORCH_CHECK_VALUE(x.dim() == u.dim() && rows(x) == rows(u), values.name, " must have shape [",
+                          u.dim() == 1 ? "" : std::to_string(rows(u)) + ", ", "n], got ", x.sizes());
+        TORCH_CHECK_VALUE(values.size() <= std::numeric_limits<int32_t>::max(), values.name,
+                          " must have fewer than 2^31 samples a row, got ", values.size());
         for (const Argument& other : {reference, weights}) {
             TORCH_CHECK_VALUE(!other.tensor || other.tensor->sizes() == x.sizes(), other.name,
                               " must have shape ", x.sizes(), " (that of ", values.name, "), got ",
@@ -132,10 +140,10 @@ struct Side {
 /// Moves the samples that are of this side and have a weight to the front of `values` and `weights`, and
 /// their positions to `kept`; how many there are.
 int64_t keep(const Samples& samples, int64_t row, double* values, double* weights, int32_t* kept) {
-    const int64_t size = samples.values.tensor->size(1);
-    const int64_t stride = samples.desirable ? samples.desirable->stride(1) : 0;
+    const int64_t size = samples.values.size();
+    const int64_t stride = samples.desirable ? samples.desirable->stride(-1) : 0;
     const bool* desirable =
-        samples.desirable ? samples.desirable->const_data_ptr<bool>() + row * samples.desirable->stride(0)
+        samples.desirable ? samples.desirable->const_data_ptr<bool>() + row * row_stride(*samples.desirable)
                           : &samples.label;
     int64_t n = 0;
     for (int64_t i = 0; i < size; ++i) {
@@ -149,7 +157,7 @@ int64_t keep(const Samples& samples, int64_t row, double* values, double* weight
 
 Side sorted_side(const Samples& samples, int64_t row, bool weighted, SideMemory& memory) {
     Side side;
-    side.n = samples.values.tensor->size(1);
+    side.n = samples.values.size();
     double* values = memory.values.reserve(side.n);
     side.valid = samples.values.for_each(row, [&](int64_t i, double x) { values[i] = x; });
     if (samples.reference.tensor) {
@@ -395,9 +403,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sorted_transport(
     const Samples v_samples =
         v ? Samples{{"v", *v}, {"v_ref", v_ref}, {"v_weights", v_weights}, nullptr, true}
           : Samples{u_samples.values, u_samples.reference, u_samples.weights, u_samples.desirable, false};
-    const int64_t R = u.dim() == 2 ? u.size(0) : 0;
-    u_samples.check(R);
-    v_samples.check(R);
+    TORCH_CHECK_VALUE(u.dim() == 1 || u.dim() == 2, "u must be [n] or [R, n], got ", u.sizes());
+    u_samples.check(u);
+    v_samples.check(u);
     TORCH_CHECK_VALUE(!desirable || desirable->sizes() == u.sizes(), "desirable must have shape ", u.sizes(),
                       " (that of u), got ", desirable->sizes());
     TORCH_CHECK_TYPE(!desirable || desirable->scalar_type() == at::kBool,
@@ -406,10 +414,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sorted_transport(
     const auto is_double = [](const OptionalTensor& x) { return x && x->scalar_type() == at::kDouble; };
     const bool in_double = is_double(u) || is_double(u_ref) || is_double(v) || is_double(v_ref);
     const auto options = u.options().dtype(in_double ? at::kDouble : at::kFloat);
-    const int64_t n = u.size(1), m = v ? v->size(1) : 0;
-    Tensor value = at::empty({R}, options), statistics = at::empty({R, 2}, options);
-    Tensor u_gradient = at::zeros({R, n}, options);
-    Tensor v_gradient = v ? at::zeros({R, m}, options) : at::empty({0}, options);
+    const int64_t R = rows(u), n = u.size(-1), m = v ? v->size(-1) : 0;
+    c10::SmallVector<int64_t, 2> shape(u.sizes().begin(), u.sizes().end() - 1);
+    Tensor value = at::empty(shape, options);
+    shape.push_back(2);
+    Tensor statistics = at::empty(shape, options);
+    Tensor u_gradient = at::zeros(u.sizes(), options);
+    Tensor v_gradient = v ? at::zeros(v->sizes(), options) : at::empty({0}, options);
 
     AT_DISPATCH_FLOATING_TYPES(value.scalar_type(), "sorted_transport", [&] {
         scalar_t* value_out = value.mutable_data_ptr<scalar_t>();

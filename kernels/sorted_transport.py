@@ -414,7 +414,7 @@ def sorted_transport_join_kernel(
 
 
 def sorted_transport(
-    u: Tensor,  # [R, n] of any float dtype, like all but desirable
+    u: Tensor,  # [R, n], or [n] for one row without the R everywhere; of any float dtype, like all but desirable
     u_ref: Tensor | None,  # [R, n]; None counts as zeros, here and below
     v: Tensor | None,  # [R, m]
     v_ref: Tensor | None,  # [R, m]
@@ -428,22 +428,23 @@ def sorted_transport(
     """The value, its gradients by u and v, and the statistics: float32 (float64 if u, v or a reference is)."""
     scores = (u, u_ref, v, v_ref)
     dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in scores) else torch.float32
-    (n_rows, n_u), n_v = u.shape, 0 if v is None else v.shape[1]
-    value = torch.empty(n_rows, dtype=dtype, device=u.device)
-    u_gradient = torch.empty((n_rows, n_u), dtype=dtype, device=u.device)
-    v_gradient = torch.empty(0 if v is None else (n_rows, n_v), dtype=dtype, device=u.device)
-    statistics = torch.empty((n_rows, 2), dtype=dtype, device=u.device)
+    value = torch.empty(u.shape[:-1], dtype=dtype, device=u.device)
+    u_gradient = torch.empty(u.shape, dtype=dtype, device=u.device)
+    v_gradient = torch.empty(0 if v is None else v.shape, dtype=dtype, device=u.device)
+    statistics = torch.empty((*value.shape, 2), dtype=dtype, device=u.device)
     outputs = (value, u_gradient, v_gradient, statistics)
+    n_rows, n_u, n_v = value.numel(), u.shape[-1], 0 if v is None else v.shape[-1]
     if n_rows == 0 or n_u == 0 or (v is not None and n_v == 0):
         for output in outputs:
             output.zero_()
         return outputs
-    inputs = [x if x is None else x.contiguous() for x in (*scores, desirable, u_weights, v_weights)]
+    inputs = [x if x is None else x.contiguous().view(n_rows, -1) for x in (*scores, desirable, u_weights, v_weights)]
+    rows = (value.view(n_rows), u_gradient.view(n_rows, n_u), v_gradient.view(n_rows, n_v), statistics.view(n_rows, 2))
     linked = {"LINK": link, "EQUAL": v is not None and n_u == n_v and u_weights is None and v_weights is None}
     launch = _at_once if dtype == torch.float32 and max(n_u, n_v) <= MOST_AT_ONCE else _spread
     # Triton launches on the current device, which need not be the tensor's.
     with torch.cuda.device_of(u):
-        launch(inputs, outputs, beta, label_smoothing, linked)
+        launch(inputs, rows, beta, label_smoothing, linked)
     return outputs
 
 

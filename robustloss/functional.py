@@ -1,9 +1,7 @@
-"""Log-probabilities and log-ratios of sequences, and optimal transport between samples of them.
-
-Differentiable sorting is in `robustloss.sorting`, whose functions are here too.
+"""Log-probabilities and log-ratios of sequences; sorting and transport, which are here too, from `robustloss.sorting`.
 
 Everything here is a pure function of tensors, twice differentiable, and works under torch.compile(fullgraph=True),
-autocast and torch.no_grad. The functions of sequences share these arguments:
+autocast and torch.no_grad. The functions share these arguments:
 
     labels: int64 or int32. Where a label equals `ignore_index`, nothing is counted; a sequence with no label left
         gives 0 and a zero gradient. On the CPU a label outside [0, V) raises ValueError; on a GPU it gives NaN,
@@ -21,7 +19,6 @@ Results are float32 whatever the input type (float64 for float64 input), in nats
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, cast
 
 import torch
@@ -31,10 +28,8 @@ from torch import Tensor
 from robustloss._inputs import (
     check_head,
     check_inplace,
-    check_link,
     check_logits,
     check_packing,
-    check_samples,
     count_statistics,
     linear_options,
     local_part,
@@ -43,11 +38,10 @@ from robustloss._inputs import (
 from robustloss.naive.token_logps import statistics_dtype
 from robustloss.ops._linear_head import Head, Options
 from robustloss.ops.linear_token_logps_with_gradient import KnownGradient
-from robustloss.ops.sorted_transport import sorted_transport as _sorted_transport
 from robustloss.ops.token_logps import InplaceTokenLogps
 from robustloss.ops.trainable_linear_token_logps import TrainableHead
-from robustloss.sorting import soft_rank, soft_sort
-from robustloss.validation import check_finite, check_same_device, check_shape, check_tensor
+from robustloss.sorting import sinkhorn_sort, soft_rank, soft_sort, sorted_transport
+from robustloss.validation import check_same_device, check_shape, check_tensor
 
 __all__ = [
     "TokenStatistics",
@@ -56,6 +50,7 @@ __all__ = [
     "linear_sequence_logratios",
     "sequence_logps",
     "sequence_logratios",
+    "sinkhorn_sort",
     "soft_rank",
     "soft_sort",
     "sorted_transport",
@@ -346,55 +341,6 @@ def linear_sequence_logratios(
         ref_logps = linear_sequence_logps(ref_hidden, ref_weight, labels, **ref_options)
     policy_logps = linear_sequence_logps(policy_hidden, policy_weight, labels, bias=policy_bias, **options)
     return cast(Tensor, policy_logps) - cast(Tensor, ref_logps)
-
-
-def sorted_transport(
-    u: Tensor,  # [..., n]
-    v: Tensor,  # [..., m]
-    *,
-    u_weights: Tensor | None = None,  # [..., n]
-    v_weights: Tensor | None = None,  # [..., m]
-    link: str = "logistic",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> Tensor:  # [...]
-    r"""The cost of the optimal transport of one sample to another on the line, for the cost :math:`\ell(u - v)`.
-
-    .. math:: \int_0^1 \ell\left(F_u^{-1}(s) - F_v^{-1}(s)\right) ds
-
-    Source: [A] Theorem 1, Eq. 9; sizes n and m that differ by merging the two quantile grids. n = m without weights
-    gives the mean of :math:`\ell(u_{(i)} - v_{(i)})`. At ties the stable order of a sort decides, a valid and
-    deterministic subgradient.
-
-    Args:
-        u, v: samples in nats, any float dtypes; every leading dimension is a problem of its own. Gradients reach both.
-        u_weights, v_weights: non-negative, normalised within each sample; constants. A sample of weight zero is absent.
-        link, beta, label_smoothing: the cost, one of `naive.links`.
-
-    Returns:
-        [...], float32, or float64 if u or v is; 0, with a zero gradient, where a side has no samples.
-
-    Raises:
-        TypeError, ValueError: dtypes, shapes, devices or options that do not fit; on the CPU also NaN, infinity and
-            negative weights.
-    """
-    check_samples("u", u, u_weights, "u", u)
-    check_samples("v", v, v_weights, "u", u)
-    beta, label_smoothing = check_link(link, beta, label_smoothing)
-    rows = math.prod(u.shape[:-1])
-    u_rows, v_rows, u_weight_rows, v_weight_rows = (
-        None if x is None else x.reshape(rows, x.shape[-1]) for x in (u, v, u_weights, v_weights)
-    )
-    try:
-        value, *_ = _sorted_transport(
-            u_rows, None, v_rows, None, None, u_weight_rows, v_weight_rows, link, beta, label_smoothing
-        )
-    except ValueError:
-        for name, values in {"u": u, "v": v, "u_weights": u_weights, "v_weights": v_weights}.items():
-            if values is not None:
-                check_finite(name, values)  # at its index in the shape that was given
-        raise
-    return value.view(u.shape[:-1])
 
 
 # ---- what goes out ------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from robustloss.losses.base import (
+    PAIRED_NAMES,
+    UNPAIRED_NAMES,
     LossOutput,
     PairedLoss,
     PreferenceLoss,
@@ -27,8 +29,6 @@ from robustloss.validation import (
     check_weight_values,
 )
 
-PAIRED_NAMES = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
-UNPAIRED_NAMES = ("policy_logps", "ref_logps")
 SORTS = ("hard", "soft_l2", "soft_kl", "sinkhorn")
 SINGLE = "a sort of one sample a side is plain DPO on it"
 
@@ -81,15 +81,15 @@ class SortedLoss(PreferenceLoss):
         scale = torch.where(scale > 0, scale, 1.0)
         return scale * soft_sort(samples / scale, regularization=regularization, strength=max(1, len(samples)) / 4)
 
-    def _refuse_weights(self, weights: Tensor | None) -> None:
+    def _check_soft(self, names: tuple[str, ...], logps: tuple[Tensor, ...], weights: Tensor | None) -> None:
         if weights is not None:
             raise ValueError(f"weights are undefined for sort={self.sort!r}: soft sorts weigh all samples alike")
+        check_values(names, logps, None)
 
     def _transport(self, *samples: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss [] and the dominance violation [2]: one row of the op `sorted_transport`, given its vectors."""
-        rows = [None if x is None else x.unsqueeze(0) for x in samples]
-        value, _, _, dominance = sorted_transport(*rows, self.link, self.beta, self.label_smoothing)
-        return value.squeeze(0), dominance.squeeze(0)
+        """The loss [] and the dominance violation [2]: the op `sorted_transport`, given its vectors."""
+        value, _, _, dominance = sorted_transport(*samples, self.link, self.beta, self.label_smoothing)
+        return value, dominance
 
 
 def _check_strength(strength: object) -> float | str:
@@ -154,24 +154,27 @@ class AOTPairedLoss(SortedLoss, PairedLoss):
         """
         logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
         check_vectors(PAIRED_NAMES, logps, weights)
-        dtype = samples_dtype(*logps)
-        pc, pr, rc, rr = (x.to(dtype) for x in logps)
         # The reference is a constant of the problem, whatever graph it comes with.
-        u, v = pc - pr, _constant(rc - rr)
-        if self.sort != "hard":
-            self._refuse_weights(weights)
-            check_values(PAIRED_NAMES, logps, weights)
-            u, v = self._soften(u), self._soften(v)
+        pc, pr, rc, rr = policy_chosen_logps, policy_rejected_logps, *map(_constant, logps[2:])
         try:
-            loss, dominance = self._transport(u, None, v, None, None, weights, weights)
+            if self.sort == "hard":
+                loss, dominance = self._transport(pc, pr, rc, rr, None, weights, weights)
+            else:
+                self._check_soft(PAIRED_NAMES, logps, weights)
+                dtype = samples_dtype(*logps)
+                u, v = pc.to(dtype) - pr.to(dtype), rc.to(dtype) - rr.to(dtype)
+                loss, dominance = self._transport(self._soften(u), None, self._soften(v), None, None, None, None)
         except ValueError:
             check_values(PAIRED_NAMES, logps, weights)
             raise
         if weights is not None and _is_zero(loss):
             check_weight_values(weights)
-        if len(u) == 1:
+        if len(pc) == 1:
             _warn(f"{type(self).__name__}: {SINGLE}")
-        return (loss, self._metrics(pc, pr, rc, rr) | _dominance_metrics(dominance)) if return_metrics else loss
+        if not return_metrics:
+            return loss
+        metrics = self._metrics(*(x.to(loss.dtype) for x in (pc, pr, rc, rr)))
+        return loss, metrics | _dominance_metrics(dominance)
 
 
 class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
@@ -221,12 +224,13 @@ class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
         check_same_device("desirable", desirable, "policy_logps", policy_logps)
         try:
             if self.sort == "hard":
-                loss, dominance = self._transport(policy_logps, ref_logps, None, None, desirable, weights, None)
+                loss, dominance = self._transport(
+                    policy_logps, _constant(ref_logps), None, None, desirable, weights, None
+                )
             else:
-                self._refuse_weights(weights)
-                check_values(UNPAIRED_NAMES, logps, weights)
+                self._check_soft(UNPAIRED_NAMES, logps, weights)
                 dtype = samples_dtype(*logps)
-                ratios = policy_logps.to(dtype) - _constant(ref_logps.to(dtype))
+                ratios = policy_logps.to(dtype) - _constant(ref_logps).to(dtype)
                 u, v = self._soften(ratios[desirable]), self._soften(ratios[~desirable])
                 loss, dominance = self._transport(u, None, v, None, None, None, None)
         except ValueError:
@@ -239,8 +243,7 @@ class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
             _warn(f"{type(self).__name__}: {SINGLE}")
         if not return_metrics:
             return loss
-        dtype = samples_dtype(*logps)
-        metrics = self._metrics(policy_logps.to(dtype), ref_logps.to(dtype).detach(), desirable)
+        metrics = self._metrics(policy_logps.to(loss.dtype), ref_logps.to(loss.dtype).detach(), desirable)
         return loss, metrics if one_class else metrics | _dominance_metrics(dominance)
 
     @staticmethod

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from robustloss.naive.links import LINKS, OFFSET_LINKS, SMOOTHED_LINKS, link_loss
-from robustloss.naive.sorted_transport import dominance_violation
 from robustloss.naive.token_logps import statistics_dtype
 from robustloss.validation import (
     FLOATING_DTYPES,
@@ -22,6 +21,9 @@ from robustloss.validation import (
 )
 
 LossOutput = Tensor | tuple[Tensor, dict[str, Tensor]]
+# What `forward` calls its log-probabilities.
+PAIRED_NAMES = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+UNPAIRED_NAMES = ("policy_logps", "ref_logps")
 
 
 class PreferenceLoss(nn.Module):
@@ -143,11 +145,6 @@ def reward_metrics(
         "logps/rejected": rejected_logps.mean(),
     }
     return {name: value.detach() for name, value in metrics.items()}
-
-
-def dominance_metrics(margins: Tensor, mass: Tensor | None) -> dict[str, Tensor]:
-    area, w1 = dominance_violation(margins.detach(), mass)
-    return {"dominance/violation_area": area, "dominance/violation_w1": w1}
 
 
 class PairedLoss(PreferenceLoss):

@@ -5,11 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from robustloss.losses.aggregates import Aggregate, FusedAggregate, Mean
-from robustloss.losses.base import LossOutput, PairedLoss, check_values, check_vectors
+from robustloss.losses.base import PAIRED_NAMES, LossOutput, PairedLoss, check_values, check_vectors
 from robustloss.naive.links import OFFSET_LINKS
 from robustloss.ops.preference_loss import preference_loss
-
-NAMES = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 
 
 class DPOLoss(PairedLoss):
@@ -103,7 +101,7 @@ class DPOLoss(PairedLoss):
                 return_metrics,
             )
         logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-        check_vectors(NAMES, logps, weights)
+        check_vectors(PAIRED_NAMES, logps, weights)
         try:
             value, _, _, statistics = preference_loss(
                 policy_chosen_logps,
@@ -118,7 +116,7 @@ class DPOLoss(PairedLoss):
                 *aggregate.arguments,
             )
         except ValueError:
-            check_values(NAMES, logps, weights)
+            check_values(PAIRED_NAMES, logps, weights)
             raise
         if not return_metrics:
             return value

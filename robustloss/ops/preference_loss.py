@@ -5,8 +5,8 @@ r"""Op `preference_loss`: a loss of a batch of pairs with its gradient, worst ca
 
 with the links, aggregates and their one parameter as `naive.preference_loss`. The op returns the value [], the gradient
 by the margins [B], P [B] and the statistics [8] (`naive.preference_loss.STATISTICS`), in float32, or in float64 if a
-log-probability is float64; only the value is differentiable. The backward scales the gradient. A second derivative
-is that of the naive composition: a KL tilt of given temperature differentiates
+log-probability is float64; only the value is differentiable, by chosen and rejected. The backward scales the gradient.
+A second derivative is that of the naive composition: a KL tilt of given temperature differentiates
 :math:`\tau \log \sum_i q_i e^{l_i/\tau}`.
 
 Layouts: vectors [B] of any float dtypes and strides; None counts as zeros, and as equal weights. On the CPU NaN,
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from robustloss.naive import preference_loss as naive
 from robustloss.naive.links import link_slope
-from robustloss.ops._library import LIBRARY, register_cpu_fallback, register_triton
+from robustloss.ops._library import LIBRARY, register_cpu_fallback, register_scaled_gradients, register_triton
 from robustloss.validation import check_finite, check_weight_values
 
 LIBRARY.define(
@@ -31,17 +31,7 @@ LIBRARY.define(
 
 register_triton("preference_loss", "preference_loss:preference_loss")
 
-_op = torch.ops.robustloss.preference_loss.default
-
-
-def preference_loss(chosen: Tensor, rejected: Tensor | None, *others) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op, by a path that costs half in eager mode: on 64 values most of the time is Python's."""
-    if torch.compiler.is_compiling():
-        return _op(chosen, rejected, *others)
-    if torch.is_grad_enabled() and (chosen.requires_grad or (rejected is not None and rejected.requires_grad)):
-        return _Eager.apply(chosen, rejected, *others)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _op(chosen, rejected, *others)
+preference_loss = torch.ops.robustloss.preference_loss.default
 
 
 def _dtype(*logps: Tensor | None) -> torch.dtype:
@@ -92,54 +82,9 @@ def _(chosen, rejected, ref_chosen, ref_rejected, weights, *options):
     return gradient.new_empty(()), gradient, torch.empty_like(gradient), gradient.new_empty(len(naive.STATISTICS))
 
 
-def _save(ctx, inputs, output):
-    _, gradient, worst_case, statistics = output
-    ctx.save_for_backward(*inputs[:5], gradient)
-    ctx.options = inputs[5:]
-    ctx.mark_non_differentiable(gradient, worst_case, statistics)
-    ctx.set_materialize_grads(False)
+def _value(chosen, rejected, ref_chosen, ref_rejected, weights, *options):
+    dtype = _dtype(chosen, rejected, ref_chosen, ref_rejected)
+    return _composition(chosen, (rejected, ref_chosen, ref_rejected, weights), options, dtype)[0]
 
 
-def _backward(ctx, grad_value, *_):
-    if grad_value is None:
-        return (None,) * 11
-    *vectors, gradient = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        grad_chosen, grad_rejected = _differentiable_gradients(vectors, ctx.options, grad_value, ctx.needs_input_grad)
-    else:
-        grad_chosen = grad_value * gradient
-        grad_rejected = -grad_chosen if ctx.needs_input_grad[1] else None
-    chosen, rejected, *_ = vectors
-    if grad_chosen is not None and grad_chosen.dtype != chosen.dtype:
-        grad_chosen = grad_chosen.to(chosen.dtype)
-    if grad_rejected is not None and grad_rejected.dtype != rejected.dtype:
-        grad_rejected = grad_rejected.to(rejected.dtype)
-    return grad_chosen, grad_rejected, *(None,) * 9
-
-
-def _differentiable_gradients(vectors, options, grad_value, needed):
-    """Those of the naive composition, whose graph a second derivative follows."""
-    chosen, rejected, ref_chosen, ref_rejected, weights = (None if x is None else x.detach() for x in vectors)
-    # Own nodes in the graph: one input may be computed from the other, or be the other.
-    inputs = [vectors[i].view_as(vectors[i]) if needed[i] else None for i in range(2)]
-    chosen, rejected = (given if own is None else own for own, given in zip(inputs, (chosen, rejected), strict=True))
-    value, _, _ = _composition(chosen, (rejected, ref_chosen, ref_rejected, weights), options, grad_value.dtype)
-    wanted = [x for x in inputs if x is not None]
-    gradients = iter(torch.autograd.grad(value, wanted, grad_value, create_graph=True))
-    return [None if x is None else next(gradients) for x in inputs]
-
-
-torch.library.register_autograd("robustloss::preference_loss", _backward, setup_context=_save, lib=LIBRARY)
-
-
-class _Eager(torch.autograd.Function):
-    """What `register_autograd` makes of the same functions, without its generality."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _op(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
+register_scaled_gradients("preference_loss", 1, _value)

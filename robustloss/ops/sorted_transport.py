@@ -10,10 +10,12 @@ statistics, on the CPU to the bit what `preference_loss` gives for them.
 Layouts: (a) u, u_ref, u_weights [R, n] and v, v_ref, v_weights [R, m], the samples being u - u_ref and v - v_ref; or
 (b) desirable, bool [R, n], instead of v: u's desirable samples against its others. None for a reference is zeros, for
 weights ones; a sample of weight zero is absent, and a side without samples gives 0. Any float dtypes and strides.
+Vectors [n] and [m] are one row, without the R everywhere.
 
 value [R]; u_gradient [R, n] and v_gradient [R, m] ((b): [0]), the derivatives of each row's value; statistics [R, 2],
-the dominance violation's area and w1. All float32, or float64 if any sample is. The CPU refuses NaN, infinity and
-negative weights (ValueError); an accelerator does not look, as in `validation.check_finite`.
+the dominance violation's area and w1. All float32, or float64 if any sample is. Only the value is differentiable: by u
+and v, and by the references, which are no constants here. The CPU refuses NaN, infinity and negative weights
+(ValueError); an accelerator does not look, as in `validation.check_finite`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from robustloss.naive import sorted_transport as naive
 from robustloss.naive.links import link_slope
-from robustloss.ops._library import LIBRARY, register_autograd, register_cpu_fallback, register_triton
+from robustloss.ops._library import LIBRARY, register_cpu_fallback, register_scaled_gradients, register_triton
 from robustloss.validation import check_finite
 
 LIBRARY.define(
@@ -76,39 +78,14 @@ register_cpu_fallback("sorted_transport", _naive)
 
 @torch.library.register_fake("robustloss::sorted_transport", lib=LIBRARY)
 def _(u, u_ref, v, v_ref, desirable, u_weights, v_weights, link, beta, label_smoothing):
-    value = torch.empty(u.shape[0], dtype=naive.samples_dtype(u, u_ref, v, v_ref), device=u.device)
+    value = torch.empty(u.shape[:-1], dtype=naive.samples_dtype(u, u_ref, v, v_ref), device=u.device)
     v_shape = (0,) if v is None else v.shape
-    return value, value.new_empty(u.shape), value.new_empty(v_shape), value.new_empty(u.shape[0], 2)
+    return value, value.new_empty(u.shape), value.new_empty(v_shape), value.new_empty(*value.shape, 2)
 
 
-def _save(ctx, inputs, output):
-    *tensors, link, beta, label_smoothing = inputs
-    _, u_gradient, v_gradient, statistics = output
-    ctx.save_for_backward(u_gradient, v_gradient, *tensors)
-    ctx.options = {"link": link, "beta": beta, "label_smoothing": label_smoothing}
-    ctx.mark_non_differentiable(u_gradient, v_gradient, statistics)
-    ctx.set_materialize_grads(False)
+def _value(*arguments):
+    *tensors, link, beta, label_smoothing = arguments
+    return naive.sorted_transport(*tensors, link=link, beta=beta, label_smoothing=label_smoothing)[0]
 
 
-def _backward(ctx, grad_value, *_):
-    if grad_value is None:
-        return (None,) * 10
-    u_gradient, v_gradient, u, u_ref, v, *others = ctx.saved_tensors
-    needs_u, _, needs_v, *_ = ctx.needs_input_grad
-    if not torch.is_grad_enabled():
-        scale = grad_value.unsqueeze(-1)
-        grad_u = (scale * u_gradient).to(u.dtype) if needs_u else None
-        grad_v = (scale * v_gradient).to(v.dtype) if needs_v else None
-    else:
-        # A second derivative is wanted: the gradient once more, as a differentiable function of the samples. Each is a
-        # node of its own, since one may be computed from the other, or be the other.
-        own_u, own_v = u.view_as(u), None if v is None else v.view_as(v)
-        value, _ = naive.sorted_transport(own_u, u_ref, own_v, *others, **ctx.options)
-        samples = [x for x, needed in ((own_u, needs_u), (own_v, needs_v)) if needed and x is not None]
-        gradients = list(torch.autograd.grad(value, samples, grad_value, create_graph=True))
-        grad_u = gradients.pop(0) if needs_u else None
-        grad_v = gradients.pop() if needs_v else None
-    return grad_u, None, grad_v, *[None] * 7
-
-
-register_autograd("sorted_transport", _backward, _save)
+register_scaled_gradients("sorted_transport", 2, _value)

@@ -213,6 +213,19 @@ def test_large_scores_keep_their_differences(device):
     check(u, v, link="least_squares", beta=0.0)
 
 
+@pytest.mark.parametrize("long", [False, True])
+def test_vectors_are_one_row(device, request, long):
+    if long:
+        request.getfixturevalue("spread")
+    u, v, desirable = scores(device, 9), scores(device, 6, seed=1), scores(device, 9, seed=2) > 0
+    for given in ((u, None, v, None, None, masses(device, 9), None), (u, None, None, None, desirable, None, None)):
+        rows = sorted_transport(*(x if x is None else x[None] for x in given), "logistic", 0.5, 0.0)
+        for of_vector, of_row in zip(sorted_transport(*given, "logistic", 0.5, 0.0), rows, strict=True):
+            expected = of_row[0] if len(of_row) else of_row
+            assert of_vector.shape == expected.shape
+            assert torch.equal(of_vector, expected)
+
+
 @pytest.mark.parametrize(("n", "m"), [(33, 33), (60, 40)])
 def test_one_launch_and_many_programs_agree(device, monkeypatch, n, m):
     u, v = scores(device, 2, n), scores(device, 2, m)

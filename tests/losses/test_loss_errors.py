@@ -52,8 +52,16 @@ NAMES = ["policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "re
         (lambda: DPOLoss(link="sigmoid"), ValueError, r"link must be one of 'logistic', .*got 'sigmoid'"),
         (lambda: DPOLoss(link=None), ValueError, r"link must be one of .*got None"),
         (lambda: DPOLoss(reduction="sum"), ValueError, r"reduction must be one of 'mean', 'none', got 'sum'"),
-        (lambda: AOTPairedLoss(sort="soft"), ValueError, r"sort must be one of 'hard', 'soft_l2', 'soft_kl', 'sinkhorn', got 'soft'"),
-        (lambda: AOTUnpairedLoss(sort="soft"), ValueError, r"sort must be one of 'hard', 'soft_l2', 'soft_kl', 'sinkhorn', got 'soft'"),
+        (
+            lambda: AOTPairedLoss(sort="soft"),
+            ValueError,
+            r"sort must be one of 'hard', 'soft_l2', 'soft_kl', 'sinkhorn', got 'soft'",
+        ),
+        (
+            lambda: AOTUnpairedLoss(sort="soft"),
+            ValueError,
+            r"sort must be one of 'hard', 'soft_l2', 'soft_kl', 'sinkhorn', got 'soft'",
+        ),
         (lambda: DPOLoss(aggregate="mean"), TypeError, r"aggregate must be .*got str 'mean'"),
         (lambda: DPOLoss(aggregate=KLTilt), TypeError, r"aggregate must be .*got type"),
         # reduction="none" of a coupled loss says why

@@ -13,7 +13,7 @@ import robustloss
 from robustloss.naive import sorted_transport as naive
 from robustloss.naive.links import LINKS
 from robustloss.ops._library import HAS_EXTENSION
-from robustloss.ops.sorted_transport import sorted_transport
+from robustloss.ops.sorted_transport import _naive, sorted_transport
 
 pytestmark = pytest.mark.skipif(not HAS_EXTENSION, reason="robustloss was installed without its C++ extension")
 
@@ -233,12 +233,11 @@ def test_equal_samples_have_no_violation():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("form", [two_samples, labelled])
 def test_both_derivatives_match_finite_differences(form, weighted):
-    u, u_ref, v, v_ref, *others = form(5, 3, weighted=weighted)
-    samples = [x.requires_grad_() for x in (u, v) if x is not None]
+    *tensors, desirable, u_weights, v_weights = form(5, 3, weighted=weighted)
+    samples = [x.requires_grad_() for x in tensors if x is not None]
 
     def value(*samples):
-        u, v = (*samples, None)[:2]
-        return run([u, u_ref, v, v_ref, *others], beta=1.3)[0]
+        return run([*(*samples, None, None)[:4], desirable, u_weights, v_weights], beta=1.3)[0]
 
     assert torch.autograd.gradcheck(value, samples)
     assert torch.autograd.gradgradcheck(value, samples)
@@ -262,11 +261,29 @@ def test_gradients_scale_with_the_upstream_one_and_have_the_samples_dtypes():
     assert torch.equal(grad_v, upstream[:, None] * v_gradient)
 
 
-def test_references_and_weights_are_constants():
-    tensors = [None if x is None else x.requires_grad_() for x in two_samples(5, 4, weighted=True)]
-    value = run(tensors)[0].sum()
-    constants = [x for i, x in enumerate(tensors) if x is not None and i not in (0, 2)]
-    assert torch.autograd.grad(value, constants, allow_unused=True) == (None,) * 4
+def test_references_have_minus_the_samples_gradients_and_weights_none():
+    u, u_ref, v, v_ref, _, *weights = (
+        None if x is None else x.requires_grad_() for x in two_samples(5, 4, weighted=True)
+    )
+    value = run([u, u_ref, v, v_ref, None, *weights])[0].sum()
+    grads = torch.autograd.grad(value, [u, u_ref, v, v_ref, *weights], allow_unused=True)
+    assert torch.equal(grads[1], -grads[0])
+    assert torch.equal(grads[3], -grads[2])
+    assert grads[4] is grads[5] is None
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("form", [two_samples, labelled])
+def test_vectors_are_one_row(form, weighted):
+    tensors = form(64, 33, weighted=weighted)
+    row, rows = ([None if x is None else x[1].expand(*shape, -1) for x in tensors] for shape in ((), (1,)))
+    for entry in (run, lambda tensors: _naive(*tensors, "logistic", 0.3, 0.0)):
+        for got, wanted in zip(entry(row), entry(rows), strict=True):
+            assert torch.equal(got, wanted[0] if wanted.numel() else wanted)
+    assert all(
+        x.shape == y.shape
+        for x, y in zip(run(row), run([None if x is None else x.to("meta") for x in row]), strict=True)
+    )
 
 
 @pytest.mark.parametrize("form", [two_samples, labelled])
@@ -339,6 +356,9 @@ NAMES = ("u", "u_ref", "v", "v_ref", "desirable", "u_weights", "v_weights")
         ({"v": None, "desirable": V > 0}, r"desirable must have shape \[2, 4\] \(that of u\), got \[2, 3\]"),
         ({"u_ref": V}, r"u_ref must have shape \[2, 4\] \(that of u\), got \[2, 3\]"),
         ({"v": V[0]}, r"v must have shape \[2, n\], got \[3\]"),
+        ({"u": U[0]}, r"v must have shape \[n\], got \[2, 3\]"),
+        ({"u": U[None]}, r"u must be \[n\] or \[R, n\], got \[1, 2, 4\]"),
+        ({"u": U[0], "v": V[0] - math.inf}, r"v holds 3 non-finite value\(s\), the first at index \(0,\): -inf"),
         ({"v_ref": V + math.nan}, r"v_ref holds 6 non-finite value\(s\), the first at index \(0, 0\): nan; log-prob"),
         ({"u": U.index_fill(1, torch.tensor(3), -math.inf)}, r"u holds 2 non-finite .*at index \(0, 3\): -inf"),
         ({"u_weights": U - 0.5}, r"u_weights must be >= 0, got a minimum of -0.5"),
