@@ -26,7 +26,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import robustloss.ops  # noqa: F401  (registers the ops)
 from robustloss._inputs import check_link, check_samples
 from robustloss.naive.soft_sort import REGULARIZATIONS
 from robustloss.ops.sorted_transport import sorted_transport as _sorted_transport

@@ -55,12 +55,12 @@ NAMES = ["policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "re
         (
             lambda: AOTPairedLoss(sort="soft"),
             ValueError,
-            r"sort must be one of 'hard', 'soft_l2', 'soft_kl', 'sinkhorn', got 'soft'",
+            r"sort must be one of 'hard', .*, got 'soft'",
         ),
         (
             lambda: AOTUnpairedLoss(sort="soft"),
             ValueError,
-            r"sort must be one of 'hard', 'soft_l2', 'soft_kl', 'sinkhorn', got 'soft'",
+            r"sort must be one of 'hard', .*, got 'soft'",
         ),
         (lambda: DPOLoss(aggregate="mean"), TypeError, r"aggregate must be .*got str 'mean'"),
         (lambda: DPOLoss(aggregate=KLTilt), TypeError, r"aggregate must be .*got type"),
