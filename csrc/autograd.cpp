@@ -109,6 +109,8 @@ void autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* st
         if (!argument.isTensor()) continue;
         samples.push_back(argument.toTensor());
         differentiable |= samples.back().requires_grad();
+        TORCH_CHECK_NOT_IMPLEMENTED(!samples.back()._fw_grad(0).defined(), op.schema().name(),
+                                    " has no forward-mode derivative; use reverse mode");
     }
     if (!differentiable || !at::GradMode::is_enabled()) return call.run();
     const Tensor value = ScaledGradients<sides>::apply(at::TensorList(samples), call);

@@ -15,6 +15,7 @@ class Scratch {
     T* reserve(int64_t n) {
         if (n > capacity_) {
             elements_.reset();
+            capacity_ = 0;  // should the next line throw
             elements_ = std::make_unique_for_overwrite<T[]>(n);
             capacity_ = n;
         }

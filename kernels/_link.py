@@ -48,10 +48,10 @@ def link_loss_and_slope(b_margins, beta, label_smoothing, LINK: tl.constexpr):
             b_slope = -beta * inverse * ((1.0 - label_smoothing) * b_miss + label_smoothing * b_hit)
     elif LINK == "hinge":
         b_short = 1.0 - beta * b_margins
-        b_loss = tl.maximum(b_short, 0.0)
+        b_loss = tl.maximum(b_short, 0.0, propagate_nan=tl.PropagateNan.ALL)
         b_slope = tl.where(b_short > 0.0, -beta, 0.0)
     elif LINK == "squared_hinge":
-        b_short = tl.maximum(beta - b_margins, 0.0)
+        b_short = tl.maximum(beta - b_margins, 0.0, propagate_nan=tl.PropagateNan.ALL)
         b_loss = b_short * b_short
         b_slope = -2.0 * b_short
     elif LINK == "least_squares":

@@ -496,7 +496,9 @@ def _spread(inputs: list, outputs: tuple, beta: float, label_smoothing: float, l
     counts = None
     if u_present is not None or v_present is not None:
         sides = ((u_gradient, u_present), (v_gradient, v_present))
-        counts = torch.stack([torch.ones_like(x).sum(1) if p is None else p.sum(1) for x, p in sides], 1).long()
+        counts = torch.stack(
+            [torch.full_like(x[:, 0], x.shape[1], dtype=torch.int64) if p is None else p.sum(1) for x, p in sides], 1
+        )
         u_gradient.zero_()
         v_gradient.zero_()
     n_rows, n_u = u_gradient.shape

@@ -1,7 +1,7 @@
 """Log-probabilities and log-ratios of sequences; sorting and transport, which are here too, from `robustloss.sorting`.
 
-Everything here is a pure function of tensors, twice differentiable, and works under torch.compile(fullgraph=True),
-autocast and torch.no_grad. The functions share these arguments:
+Everything here is a pure function of tensors, twice differentiable (`sinkhorn_sort` once), and works under
+torch.compile(fullgraph=True), autocast and torch.no_grad. The functions share these arguments:
 
     labels: int64 or int32. Where a label equals `ignore_index`, nothing is counted; a sequence with no label left
         gives 0 and a zero gradient. On the CPU a label outside [0, V) raises ValueError; on a GPU it gives NaN,

@@ -3,9 +3,9 @@ r"""Differentiable sorting and ranking along the last dimension, and transport b
 All work under torch.compile(fullgraph=True). `sorted_transport` and `sinkhorn_sort` are described by themselves.
 
 `soft_sort` and `soft_rank` cost a sort and a linear pass, are exact (not iterative) and twice differentiable.
-`strength` has the unit of 1 / values in `soft_sort` and of values in `soft_rank`. Statistics are float64. At ties and
-where two blocks are about to be pooled the function has a kink, and the gradient is a valid and deterministic
-subgradient.
+`strength` has the unit of 1 / values in `soft_sort` and of values in `soft_rank`. Statistics are float64 on CPUs,
+float32 or better elsewhere. At ties and where two blocks are about to be pooled the function has a kink, and the
+gradient is a valid and deterministic subgradient.
 
     values: [..., n], float32, bfloat16, float16 or float64, finite (ValueError on the CPU; on a GPU looking would make
         the host wait).
@@ -224,14 +224,16 @@ def _warn_unconverged(error: Tensor, strength: float, max_iterations: int, toler
     largest = error.max().item() if error.numel() else 0.0
     if largest <= tolerance:
         return
-    caller = sys._getframe(2)
+    caller, level = sys._getframe(2), 3
+    while caller.f_back and caller.f_globals.get("__name__", "").startswith(("robustloss.", "torch.nn.")):
+        caller, level = caller.f_back, level + 1  # the line of the user who called a loss
     place = caller.f_code.co_filename, caller.f_lineno
     if place in _warned:
         return
     _warned.add(place)
     warnings.warn(
         f"sinkhorn_sort at strength {strength:g} did not converge in {max_iterations} iterations: a marginal is off by "
-        f"{largest:.1e} of its value, wanted {tolerance:.1e}; raise max_iterations or tolerance",
+        f"{largest:.1e} of its value, wanted {tolerance:.1e}; raise strength, max_iterations or tolerance",
         UserWarning,
-        stacklevel=3,
+        stacklevel=level,
     )

@@ -125,8 +125,8 @@ class AOTPairedLoss(SortedLoss, PairedLoss):
         beta: inverse temperature of the link, > 0 ([A]'s offset, >= 0, for squared_hinge and least_squares).
         link, label_smoothing: as `DPOLoss`.
         sort: how order statistics are taken. "hard" gives each pair's gradient to the one place it sorts to;
-            "soft_l2" and "soft_kl" (`soft_sort`) and "sinkhorn" (`sinkhorn_sort`) share it among neighbours. Soft
-            sorts take no weights.
+            "soft_l2" and "soft_kl" (`soft_sort`) and "sinkhorn" (`sinkhorn_sort`, without a second derivative) share
+            it among neighbours. Soft sorts take no weights.
         strength: of the soft sorts, > 0, as the functions take it (`soft_sort`: 1 / nats; `sinkhorn_sort`: relative to
             the variance). "auto": 0.01 for sinkhorn; for the others n / (4 standard deviations) for n samples, held
             fixed, so that neighbours further apart than 4 standard deviations / n are pooled at any scale and size. Of
@@ -239,7 +239,7 @@ class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
         one_class = _is_zero(loss) and self._is_one_class(desirable, weights)
         if one_class and len(desirable):
             _warn(f"{type(self).__name__}: one class only in a batch of {len(desirable)}, so there is nothing to match")
-        elif len(desirable) == 2:
+        elif len(desirable) == 2 and desirable.device.type == "cpu":  # elsewhere the two may be of one class
             _warn(f"{type(self).__name__}: {SINGLE}")
         if not return_metrics:
             return loss

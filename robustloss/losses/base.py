@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from robustloss.naive.links import LINKS, OFFSET_LINKS, SMOOTHED_LINKS, link_loss
+from robustloss._inputs import check_link
+from robustloss.naive.links import OFFSET_LINKS, link_loss
 from robustloss.naive.token_logps import statistics_dtype
 from robustloss.validation import (
     FLOATING_DTYPES,
     check_choice,
     check_finite,
-    check_number,
     check_same_device,
     check_shape,
     check_tensor,
@@ -37,17 +37,9 @@ class PreferenceLoss(nn.Module):
 
     def __init__(self, beta: float, link: str, label_smoothing: float, reduction: str = "mean"):
         super().__init__()
-        self.link = check_choice("link", link, LINKS)
+        self.beta, self.label_smoothing = check_link(link, beta, label_smoothing)
+        self.link = link
         check_choice("reduction", reduction, ("mean", "none"))
-        # [A]'s offset may be zero; an inverse temperature of zero would ignore the data.
-        self.beta = (
-            check_number("beta", beta, at_least=0) if link in OFFSET_LINKS else check_number("beta", beta, above=0)
-        )
-        self.label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
-        if label_smoothing and link not in SMOOTHED_LINKS:
-            raise ValueError(
-                f"label_smoothing={label_smoothing:g} is defined for the links {SMOOTHED_LINKS}, not for {link!r}"
-            )
         self.reduction = reduction
 
     def extra_repr(self) -> str:

@@ -127,7 +127,9 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
             "beta_dpo/margin_std": self.margin_std,
             "beta_dpo/kept": (chosen > 0).double().sum() / (nominal > 0).double().sum(),
         }
-        return value, self._metrics(*logps) | {name: number.to(local.dtype) for name, number in state.items()}
+        return value, self._metrics(*logps) | {
+            name: number.to(local.dtype, copy=True) for name, number in state.items()
+        }
 
     @torch.no_grad()
     def _update(self, margins: Tensor, nominal: Tensor) -> None:

@@ -33,6 +33,8 @@ class DPOLoss(PairedLoss):
         TypeError, ValueError: options of another type, out of range, or that do not go together.
     """
 
+    _is_changed = False
+
     def __init__(
         self,
         beta: float = 0.1,
@@ -57,6 +59,13 @@ class DPOLoss(PairedLoss):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if isinstance(self.aggregate, Mean) else f", aggregate={self.aggregate}")
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        # A subclass may have a link, losses or rewards of its own, of which the op knows nothing.
+        cls._is_changed = any(
+            getattr(cls, name) is not getattr(DPOLoss, name) for name in ("losses", "rewards", "_link")
+        )
 
     def losses(
         self, policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor
@@ -90,8 +99,7 @@ class DPOLoss(PairedLoss):
             TypeError, ValueError: dtypes, shapes or devices that do not fit; NaN or infinity on the CPU.
         """
         aggregate = self.aggregate
-        own_losses = type(self).losses is not DPOLoss.losses  # a subclass's, of which the op knows nothing
-        if self.reduction == "none" or own_losses or not isinstance(aggregate, FusedAggregate):
+        if self.reduction == "none" or self._is_changed or not isinstance(aggregate, FusedAggregate):
             return self._forward_in_steps(
                 policy_chosen_logps,
                 policy_rejected_logps,

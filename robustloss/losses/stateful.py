@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,9 @@ class StatefulLoss(PreferenceLoss):
             if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"process_group": None}  # a copy or a file is no member of it
 
     def _group(self) -> dist.ProcessGroup | None:
         return self.process_group if self.training else None

@@ -6,7 +6,8 @@ r"""Op `preference_loss`: a loss of a batch of pairs with its gradient, worst ca
 with the links, aggregates and their one parameter as `naive.preference_loss`. The op returns the value [], the gradient
 by the margins [B], P [B] and the statistics [8] (`naive.preference_loss.STATISTICS`), in float32, or in float64 if a
 log-probability is float64; only the value is differentiable, by chosen and rejected. The backward scales the gradient.
-A second derivative is that of the naive composition: a KL tilt of given temperature differentiates
+A second derivative, and the first under create_graph=True, is that of the naive composition, which on a GPU may make
+the host wait. A KL tilt of given temperature differentiates
 :math:`\tau \log \sum_i q_i e^{l_i/\tau}`.
 
 Layouts: vectors [B] of any float dtypes and strides; None counts as zeros, and as equal weights. On the CPU NaN,

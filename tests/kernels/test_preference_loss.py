@@ -238,3 +238,12 @@ def test_one_launch_and_three_agree(device, several_launches, monkeypatch, aggre
     one = kernels.preference_loss(*logps, *options)
     for actual, expected in zip(three, one, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_logp_that_is_not_a_number_makes_the_loss_none(device, link):
+    """Nothing looks at the inputs on a GPU, so the value has to tell."""
+    logps, _ = sample(device, 5)
+    logps[0][3] = torch.nan
+    value, *_ = kernels.preference_loss(*logps, None, link, 0.7, 0.0, "mean", 0.0, math.inf)
+    assert value.isnan()

@@ -235,3 +235,12 @@ def test_one_launch_and_many_programs_agree(device, monkeypatch, n, m):
     monkeypatch.setattr(kernels, "CELL_BLOCK", 16)
     for actual, expected in zip(sorted_transport(u, *rest), one, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_sample_that_is_not_a_number_makes_the_loss_none(device, link):
+    """Nothing looks at the inputs on a GPU, so the value has to tell."""
+    u, v = scores(device, 5), scores(device, 5, seed=1)
+    u[2] = torch.nan
+    value, *_ = sorted_transport(u, None, v, None, None, None, None, link, 0.7, 0.0)
+    assert value.isnan()

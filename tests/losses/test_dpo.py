@@ -95,3 +95,14 @@ def test_an_empty_batch_gives_zero():
     assert torch.autograd.grad(value, empty[0])[0].shape == (0,)
     assert DPOLoss()(*empty, weights=torch.zeros(0)) == 0
     assert DPOLoss(reduction="none")(*empty).shape == (0,)
+
+
+def test_rewards_of_a_subclass_are_what_the_metrics_tell():
+    class Doubled(DPOLoss):
+        def rewards(self, policy_logps, ref_logps):
+            return 2 * super().rewards(policy_logps, ref_logps)
+
+    logps = [torch.tensor([float(i), -1.0]) for i in range(4)]
+    _, plain = DPOLoss()(*logps, return_metrics=True)
+    _, doubled = Doubled()(*logps, return_metrics=True)
+    torch.testing.assert_close(doubled["rewards/chosen"], 2 * plain["rewards/chosen"])

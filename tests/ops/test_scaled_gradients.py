@@ -122,3 +122,13 @@ for op, n in OPS:
 @pytest.mark.skipif(not HAS_EXTENSION, reason="nothing else to compare with")
 def test_scaled_gradients_without_the_extension():
     subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_EXTENSION], check=True)
+
+
+@pytest.mark.skipif(not HAS_EXTENSION, reason="the Python registration leaves it to torch")
+@pytest.mark.parametrize(("op", "n"), OPS)
+def test_a_forward_derivative_is_refused_and_not_zero(op, n):
+    inputs = samples()
+    with torch.autograd.forward_ad.dual_level():
+        inputs[n - 1] = torch.autograd.forward_ad.make_dual(inputs[n - 1], torch.ones_like(inputs[n - 1]))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            op(*inputs)
