@@ -49,6 +49,7 @@ PACKAGES = (
     "cut-cross-entropy",
     "torchsort",
     "transformers",
+    "torchsort",
 )
 
 

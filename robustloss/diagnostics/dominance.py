@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustloss.naive.sorted_transport import sorted_margins
+from robustloss.naive import sorted_transport as naive
 from robustloss.validation import check_finite, check_number, check_same_device, check_shape, check_tensor
 
 
@@ -124,10 +124,10 @@ def quantile_curves(
 
 def _measures(u: Tensor, v: Tensor, u_weights: Tensor | None, v_weights: Tensor | None) -> Tensor:
     """area, w1 and w2, float64 [3]."""
-    margins, mass = sorted_margins(u, v, u_weights, v_weights)
-    mass = torch.full_like(margins, 1 / len(margins)) if mass is None else mass
-    violation = (-margins).relu()
-    return torch.stack([mass @ (margins < 0).double(), mass @ violation, (mass @ violation.square()).sqrt()])
+    margins, mass = naive.sorted_margins(u, v, u_weights, v_weights)
+    square = (-margins).relu().square()
+    w2 = (square.mean() if mass is None else mass @ square).sqrt()
+    return torch.stack([*naive.dominance_violation(margins, mass), w2])
 
 
 def _quantiles(values: Tensor, weights: Tensor | None, levels: Tensor) -> Tensor:

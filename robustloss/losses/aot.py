@@ -17,7 +17,7 @@ from robustloss.losses.base import (
     check_values,
     check_vectors,
 )
-from robustloss.naive.sorted_transport import samples_dtype
+from robustloss.naive.token_logps import samples_dtype
 from robustloss.ops.sorted_transport import sorted_transport
 from robustloss.sorting import sinkhorn_sort, soft_sort
 from robustloss.validation import (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robustloss._inputs import check_link
 from robustloss.naive.links import OFFSET_LINKS, link_loss
-from robustloss.naive.token_logps import statistics_dtype
+from robustloss.naive.token_logps import samples_dtype
 from robustloss.validation import (
     FLOATING_DTYPES,
     check_choice,
@@ -108,11 +108,8 @@ def check_logps(**logps: Tensor) -> list[Tensor]:
     names, vectors = list(logps), list(logps.values())
     check_vectors(names, vectors, None)
     check_values(names, vectors, None)
-    first = vectors[0]
-    dtype = statistics_dtype(
-        torch.float64 if any(value.dtype == torch.float64 for value in logps.values()) else first.dtype
-    )
-    return [value.to(dtype) for value in logps.values()]
+    dtype = samples_dtype(*vectors)
+    return [value.to(dtype) for value in vectors]
 
 
 def check_weights(weights: Tensor | None, like: Tensor) -> Tensor | None:

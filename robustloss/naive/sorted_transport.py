@@ -15,11 +15,7 @@ import torch
 from torch import Tensor
 
 from robustloss.naive.links import link_loss
-
-
-def samples_dtype(*samples: Tensor | None) -> torch.dtype:
-    """float64 if any sample is, else float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in samples) else torch.float32
+from robustloss.naive.token_logps import samples_dtype
 
 
 def sorted_transport(

@@ -16,6 +16,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def samples_dtype(*samples: Tensor | None) -> torch.dtype:
+    """float64 if any sample is, else float32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in samples) else torch.float32
+
+
 def soft_cap(logits: Tensor, softcap: float | None) -> Tensor:
     r"""Gemma's soft cap, :math:`c \tanh(x / c)`; None is no cap."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

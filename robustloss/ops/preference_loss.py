@@ -17,10 +17,10 @@ infinity, negative weights and weights that are all zero raise ValueError.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from robustloss.naive import preference_loss as naive
 from robustloss.naive.links import link_slope
+from robustloss.naive.token_logps import samples_dtype
 from robustloss.ops._library import LIBRARY, register_cpu_fallback, register_scaled_gradients, register_triton
 from robustloss.validation import check_finite, check_weight_values
 
@@ -33,11 +33,6 @@ LIBRARY.define(
 register_triton("preference_loss", "preference_loss:preference_loss")
 
 preference_loss = torch.ops.robustloss.preference_loss.default
-
-
-def _dtype(*logps: Tensor | None) -> torch.dtype:
-    wide = any(x is not None and x.dtype == torch.float64 for x in logps)
-    return torch.float64 if wide else torch.float32
 
 
 def _composition(chosen, others, options, dtype):
@@ -62,7 +57,7 @@ def _naive(chosen, rejected, ref_chosen, ref_rejected, weights, *options):
             check_finite(name, vector)
     if weights is not None:
         check_weight_values(weights)
-    dtype = _dtype(*logps)
+    dtype = samples_dtype(*logps)
     value, worst_case, statistics = _composition(chosen, (*logps[1:], weights), options, dtype)
     link, beta, label_smoothing = options[:3]
     if link == "identity":
@@ -78,13 +73,13 @@ register_cpu_fallback("preference_loss", _naive)
 
 @torch.library.register_fake("robustloss::preference_loss", lib=LIBRARY)
 def _(chosen, rejected, ref_chosen, ref_rejected, weights, *options):
-    dtype = _dtype(chosen, rejected, ref_chosen, ref_rejected)
+    dtype = samples_dtype(chosen, rejected, ref_chosen, ref_rejected)
     gradient = torch.empty(chosen.shape, dtype=dtype, device=chosen.device)
     return gradient.new_empty(()), gradient, torch.empty_like(gradient), gradient.new_empty(len(naive.STATISTICS))
 
 
 def _value(chosen, rejected, ref_chosen, ref_rejected, weights, *options):
-    dtype = _dtype(chosen, rejected, ref_chosen, ref_rejected)
+    dtype = samples_dtype(chosen, rejected, ref_chosen, ref_rejected)
     return _composition(chosen, (rejected, ref_chosen, ref_rejected, weights), options, dtype)[0]
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from robustloss.naive import sorted_transport as naive
 from robustloss.naive.links import link_slope
+from robustloss.naive.token_logps import samples_dtype
 from robustloss.ops._library import LIBRARY, register_cpu_fallback, register_scaled_gradients, register_triton
 from robustloss.validation import check_finite
 
@@ -78,7 +79,7 @@ register_cpu_fallback("sorted_transport", _naive)
 
 @torch.library.register_fake("robustloss::sorted_transport", lib=LIBRARY)
 def _(u, u_ref, v, v_ref, desirable, u_weights, v_weights, link, beta, label_smoothing):
-    value = torch.empty(u.shape[:-1], dtype=naive.samples_dtype(u, u_ref, v, v_ref), device=u.device)
+    value = torch.empty(u.shape[:-1], dtype=samples_dtype(u, u_ref, v, v_ref), device=u.device)
     v_shape = (0,) if v is None else v.shape
     return value, value.new_empty(u.shape), value.new_empty(v_shape), value.new_empty(*value.shape, 2)
 
