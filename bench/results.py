@@ -49,7 +49,6 @@ PACKAGES = (
     "cut-cross-entropy",
     "torchsort",
     "transformers",
-    "torchsort",
 )
 
 
