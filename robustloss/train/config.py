@@ -90,8 +90,13 @@ class OptimizerConfig:
 
 @dataclass
 class BatchConfig:
-    microbatch: int = 8  # pairs (or unpaired samples) per process in one forward
-    accumulation: int = 1  # microbatches per optimizer step
+    effective_batch: int = 8  # pairs (or unpaired samples) per optimizer step, of all processes together
+    microbatch: int = 8  # the most of them in one forward of one process; the accumulation follows
+
+
+@dataclass
+class PenaltyConfig:
+    check_every: int | None = None  # optimizer steps between comparisons of directional wdpo with exact; null: never
 
 
 @dataclass
@@ -103,6 +108,7 @@ class RunConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     epochs: float = 1.0
     max_steps: int | None = None  # optimizer steps; overrides epochs
     precision: str = "fp32"
@@ -113,11 +119,22 @@ class RunConfig:
     log_every: int = 1  # optimizer steps
     eval_every: int | None = None  # optimizer steps; null: before and after training
     save_every: int | None = None  # optimizer steps; null: about ten times in the run; 0: never
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest, besides the best
+    max_skipped: int = 3  # steps in a row that may be left out for numbers that are not finite; then the run ends
 
 
 # What may change between the runs that share an output folder: none of it touches the parameters.
-FREE_KEYS = ("output_dir", "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "reference.cache_dir")
+FREE_KEYS = (
+    "output_dir",
+    "resume",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "max_skipped",
+    "penalty.check_every",
+    "reference.cache_dir",
+)
 
 
 def load_config(
@@ -208,9 +225,11 @@ def check_config(config: RunConfig) -> None:
         check_number("epochs", config.epochs, above=0)
         for name, value, least in (
             ("batch.microbatch", config.batch.microbatch, 1),
-            ("batch.accumulation", config.batch.accumulation, 1),
+            ("batch.effective_batch", config.batch.effective_batch, 1),
             ("log_every", config.log_every, 1),
             ("keep_checkpoints", config.keep_checkpoints, 1),
+            ("max_skipped", config.max_skipped, 1),
+            ("penalty.check_every", config.penalty.check_every, 1),
             ("max_steps", config.max_steps, 1),
             ("eval_every", config.eval_every, 1),
             ("save_every", config.save_every, 0),
@@ -221,10 +240,10 @@ def check_config(config: RunConfig) -> None:
             check_number("lora.r", config.lora.r, at_least=1)
             check_number("lora.alpha", config.lora.alpha, above=0)
             check_number("lora.dropout", config.lora.dropout, at_least=0, below=1)
-        if config.loss["name"] == "aot_unpaired" and config.batch.microbatch == 1:
+        if config.loss["name"] == "aot_unpaired" and config.batch.effective_batch == 1:
             raise ValueError(
-                "loss 'aot_unpaired' matches desirable with undesirable samples of one microbatch, and "
-                "batch.microbatch is 1: there is nothing to match; use 8 or more"
+                "loss 'aot_unpaired' matches desirable with undesirable samples of a step, and "
+                "batch.effective_batch is 1: there is nothing to match; use 8 or more"
             )
         _check_reference(config)
         if loss.needs_embeddings:
@@ -334,6 +353,7 @@ def _check_keys(layer: dict[str, Any], schema: type, prefix: str) -> None:
         "reference": ReferenceConfig,
         "optimizer": OptimizerConfig,
         "batch": BatchConfig,
+        "penalty": PenaltyConfig,
     }
     for key, value in layer.items():
         name = f"{prefix}{key}"

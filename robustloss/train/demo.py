@@ -128,7 +128,7 @@ def demo_settings(output_dir: Path) -> dict[str, Any]:
         "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_length": MAX_LENGTH},
         "loss": {"name": "kldpo", "beta": 0.1, "tau": 1.0},
         "optimizer": {"learning_rate": 7e-5},
-        "batch": {"microbatch": 64},
+        "batch": {"effective_batch": 64, "microbatch": 64},
         "max_steps": 160,
         "eval_every": 20,
     }

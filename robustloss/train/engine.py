@@ -101,10 +101,11 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
         return with_adapter
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, backwards: int = 1) -> dict[str, Any]:
+    """`backwards`: how often a step calls backward, in one process."""
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.microbatch,
-        "gradient_accumulation_steps": config.batch.accumulation,
+        "gradient_accumulation_steps": backwards,
         # Always written: DeepSpeed clips at 1.0 where it is left out.
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_optimization": {
@@ -134,11 +135,14 @@ def learning_rate_factor(step: int, *, total: int, warmup: float, schedule: str)
     return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
 
 
-def build_engine(config: RunConfig, loss: PreferenceLoss, total_steps: int) -> Any:
-    """The DeepSpeed engine around `LossModule(model, loss)`, its optimizer (torch's AdamW) and its schedule."""
+def build_engine(config: RunConfig, loss: PreferenceLoss, total_steps: int, backwards: int) -> Any:
+    """The DeepSpeed engine around `LossModule(model, loss)`, its optimizer (torch's AdamW) and its schedule.
+
+    `backwards`: how often a step calls backward, in one process.
+    """
     import deepspeed
 
-    ds_config = deepspeed_config(config)
+    ds_config = deepspeed_config(config, backwards)
     with _sharded_loading(ds_config, config.zero_stage):
         model = load_model(config)
     if config.model.gradient_checkpointing:
@@ -177,7 +181,7 @@ def build_engine(config: RunConfig, loss: PreferenceLoss, total_steps: int) -> A
             for masters, weights in zip(engine.optimizer.fp32_groups, engine.optimizer.fp16_groups, strict=True):
                 for master, weight in zip(masters, weights, strict=True):
                     master.copy_(weight)
-        if config.batch.accumulation > 1 and is_first():
+        if backwards > 1 and is_first():
             logger.warning(
                 "bf16 with zero_stage 0 sums the gradients of a step in bf16; zero_stage 1 sums them in fp32"
             )
@@ -188,7 +192,7 @@ def build_reference(config: RunConfig, device: torch.device) -> Any:
     """A frozen reference model: a plain module, or under ZeRO-3 an engine that shards it as the policy is sharded."""
     import deepspeed
 
-    ds_config = {**deepspeed_config(config), "gradient_accumulation_steps": 1}
+    ds_config = deepspeed_config(config)
     with _sharded_loading(ds_config, config.zero_stage):
         model = load_model(config, config.reference.name_or_path)
     reference = LossModule(model).requires_grad_(False).eval()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robustloss.train.distributed import gather, mean_by_name
+from robustloss.train.loss_module import loss_arguments
 from robustloss.train.references import Batch, logps_table
 
 
@@ -60,16 +61,7 @@ def _evaluate(
         kept = [record for record, counts in zip(penalised, counted, strict=True) if counts]
         return mean_by_name(record for records in gather(kept) for record in records), arrays
     with torch.no_grad():
-        if loss.paired:
-            options = {"groups": table["group"].long()} if loss.needs_groups else {}
-            value, metrics = loss(*_pairs(table), return_metrics=True, **options)
-        else:
-            options = {}
-            if "mismatched_logps" in table:
-                options["kl_logratios"] = table["mismatched_logps"] - table["ref_mismatched_logps"]
-            value, metrics = loss(
-                table["logps"], table["ref_logps"], table["desirable"].bool(), return_metrics=True, **options
-            )
+        value, metrics = loss(**loss_arguments(loss, table, table), return_metrics=True)
     return {"loss": float(value), **{name: float(metric) for name, metric in metrics.items()}}, arrays
 
 

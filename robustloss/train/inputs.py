@@ -113,26 +113,41 @@ def _hold_out(rows: list[Any], fraction: float, seed: int) -> tuple[list[Any], l
 class BatchOrder:
     """Which rows each microbatch holds: a pure function of the seed, so that a resumed run needs no state for it.
 
-    The rows are shuffled anew for each epoch, and the epochs follow each other as one stream that is cut into steps. So
-    every optimizer step has its full batch, and the step at the end of an epoch takes its last rows from the next one.
+    The rows are shuffled anew for each epoch, and the epochs follow each other as one stream that is cut into steps of
+    `effective_batch`. So every optimizer step has its full batch, and the step at the end of an epoch takes its last
+    rows from the next one. A step's rows are the same whatever the number of processes; they are dealt to the
+    processes' microbatches as evenly as they go.
+
+    Raises:
+        InputError: a step has fewer rows than there are microbatches to fill.
     """
 
     rows: int
-    microbatch: int
-    accumulation: int
+    effective_batch: int
+    microbatch: int  # the most rows of one
     processes: int
     seed: int
 
+    def __post_init__(self) -> None:
+        if self.effective_batch < self.processes * self.accumulation:
+            raise InputError(
+                f"batch.effective_batch {self.effective_batch} cannot be dealt to {self.processes} processes in "
+                f"microbatches of {self.microbatch}, {self.accumulation} each; use a multiple of {self.processes}"
+            )
+
     @property
-    def step_size(self) -> int:
-        return self.microbatch * self.accumulation * self.processes
+    def accumulation(self) -> int:
+        """Microbatches of one process in a step."""
+        return math.ceil(self.effective_batch / (self.processes * self.microbatch))
 
     def total_steps(self, epochs: float) -> int:
-        return max(1, math.ceil(epochs * self.rows / self.step_size))
+        return max(1, math.ceil(epochs * self.rows / self.effective_batch))
 
     def microbatch_rows(self, step: int, microstep: int, rank: int) -> list[int]:
-        first = step * self.step_size + (microstep * self.processes + rank) * self.microbatch
-        return [self._row(position) for position in range(first, first + self.microbatch)]
+        parts = self.processes * self.accumulation
+        part = microstep * self.processes + rank
+        start, end = (step * self.effective_batch + bound * self.effective_batch // parts for bound in (part, part + 1))
+        return [self._row(position) for position in range(start, end)]
 
     def _row(self, position: int) -> int:
         epoch, index = divmod(position, self.rows)

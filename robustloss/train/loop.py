@@ -19,14 +19,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from robustloss._version import __version__
-from robustloss.losses import PreferenceLoss, StatefulLoss
+from robustloss.global_batch import NonFiniteError
+from robustloss.losses import PreferenceLoss
 from robustloss.train import distributed
-from robustloss.train.checkpoint import check_same_run, load_checkpoint, open_run, prepare_folder, save_checkpoint
+from robustloss.train.checkpoint import load_checkpoint, save_best, save_checkpoint, save_model
 from robustloss.train.config import InputError, RunConfig, build_loss, input_errors
 from robustloss.train.data import fingerprint
 from robustloss.train.evaluation import evaluate
+from robustloss.train.guard import Guard, discard_gradients, gradient_norm
 from robustloss.train.inputs import BatchOrder, Inputs, load_inputs
-from robustloss.train.metrics import MetricsWriter, gradient_norm, peak_memory_bytes
+from robustloss.train.interrupt import Preemption
+from robustloss.train.metrics import MetricsWriter, peak_memory_bytes
+from robustloss.train.output_dir import check_same_run, open_run, prepare_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ def run(config: RunConfig) -> Path:
 
     Raises:
         InputError: a mistake in the config or the data.
-        FloatingPointError: a loss that is not finite; names the step.
+        FloatingPointError: `max_skipped` steps in a row that are not finite; names the step and the rows.
     """
     run_dir = Path(config.output_dir)
     if config.resume and (run_dir / "model").exists():
@@ -51,7 +55,11 @@ def run(config: RunConfig) -> Path:
     lock = None
     try:
         lock = distributed.on_first(partial(prepare_folder, run_dir))
-        _train(config, loss, inputs, run_dir, device)
+        left = _train(config, loss, inputs, run_dir, device)
+        if left:
+            if distributed.is_first():
+                print(f"{run_dir} stopped as it was asked to, {left} step(s) before its end; the same command goes on")
+            return run_dir
         return _finish(run_dir, "is finished", redraw=True)
     finally:
         if lock is not None:
@@ -60,135 +68,171 @@ def run(config: RunConfig) -> Path:
             distributed.stop()
 
 
-def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Path, device: torch.device) -> None:
+def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Path, device: torch.device) -> int:
+    """Train to the end, or until the run is asked to stop: the number of steps still to do."""
     # Imported here: they take seconds, and a mistake in the config should be told at once.
-    from robustloss.train.engine import build_engine, save_model
+    from robustloss.train.engine import build_engine
     from robustloss.train.loss_module import check_head
     from robustloss.train.references import build_references
+    from robustloss.train.step import accumulate_gradients, check_directions
 
     first, rank, world = distributed.is_first(), dist.get_rank(), dist.get_world_size()
     order = BatchOrder(
-        len(inputs.examples["train"]), config.batch.microbatch, config.batch.accumulation, world, config.seed
+        len(inputs.examples["train"]), config.batch.effective_batch, config.batch.microbatch, world, config.seed
     )
     total_steps = config.max_steps or order.total_steps(config.epochs)
-    aggregate = getattr(loss, "aggregate", None)
-    if aggregate is not None and aggregate.coupled and config.batch.microbatch == 1 and first:
-        # A sort of one warns by itself.
-        name = config.loss["name"]
-        logger.warning("loss %r with batch.microbatch 1 is plain DPO: a tilt of one pair has nothing to weigh", name)
-    if order.step_size > order.rows and first:
-        logger.warning(
-            "a step takes %d samples and data.train holds %d, so a step repeats some; lower batch.microbatch",
-            order.step_size,
-            order.rows,
-        )
+    if first:
+        _warn_of_batches(config, loss, order)
     save_every = max(1, total_steps // 10) if config.save_every is None else config.save_every
     distributed.on_first(partial(open_run, config, _environment(device, world)))
 
-    if isinstance(loss, StatefulLoss) and world > 1:
-        loss.process_group = dist.group.WORLD  # one state, which one process can save for all
     distributed.seed_everything(config.seed)
-    engine = build_engine(config, loss, total_steps)
+    engine = build_engine(config, loss, total_steps, order.accumulation * loss.backwards_per_microbatch)
     with input_errors():
         check_head(engine, engine.module.model, inputs.collate("train", [0], device))
     reference = build_references(config, engine, inputs, device)
     distributed.seed_everything(config.seed + rank)
+
+    checkpoints = run_dir / "checkpoints"
     data_state = {split: fingerprint(examples) for split, examples in inputs.examples.items()}
-    state = load_checkpoint(engine, run_dir / "checkpoints") or {"step": 0, "seconds": 0.0, "metrics_offset": 0}
-    if state.get("data", data_state) != data_state:
+    guard = Guard(config.max_skipped)
+    state = load_checkpoint(engine, checkpoints, config.seed) or {
+        "step": 0,
+        "seconds": 0.0,
+        "metrics_offset": 0,
+        "data": data_state,
+        "guard": guard.state_dict(),
+        "lowest": math.inf,
+    }
+    if state["data"] != data_state:
         raise InputError(
             f"output_dir {str(run_dir)!r} holds a run on other data (data.train or data.eval has changed since); use "
             "another output_dir, or resume=false to start again in this one"
         )
+    guard.load_state_dict(state["guard"])
+    done, lowest = state["step"], state["lowest"]
     began = time.monotonic() - state["seconds"]
-    metrics = MetricsWriter(
-        run_dir, active=first, total_steps=total_steps, step=state["step"], offset=state["metrics_offset"]
-    )
-    if state["step"] and first:
-        print(f"{run_dir}: going on from step {state['step']} of {total_steps}", flush=True)
+    metrics = MetricsWriter(run_dir, active=first, total_steps=total_steps, step=done, offset=state["metrics_offset"])
+    if done and first:
+        print(f"{run_dir}: going on from step {done} of {total_steps}", flush=True)
 
-    def evaluation(step: int) -> None:
-        if not inputs.examples["eval"]:
-            return
+    def evaluation(step: int) -> float | None:
+        count = len(inputs.examples["eval"])
+        if not count:
+            return None
         collate = partial(inputs.collate, "eval", device=device)
         add_reference = partial(reference, "eval")
-        count = len(inputs.examples["eval"])
         values, arrays = evaluate(engine, count, collate, add_reference, size=config.batch.microbatch, device=device)
         metrics.write(step, "eval", {"seconds": time.monotonic() - began, **values})
         metrics.evaluation(step, arrays, values)
+        return values["loss"]
 
-    if state["step"] == 0:
+    def microbatches(step: int) -> list[dict[str, Tensor]]:
+        rows = [order.microbatch_rows(step - 1, microstep, rank) for microstep in range(order.accumulation)]
+        return [reference("train", inputs.collate("train", part, device)) for part in rows]
+
+    def train_step(step: int) -> dict[str, float] | None:
+        """What the step measured; None if it was left out."""
+        loss_before = {name: value.clone() for name, value in loss.state_dict().items()}
+        batches, values, reason = microbatches(step), {}, None
+        try:
+            value, told = accumulate_gradients(engine, batches)
+            values = {"loss": float(value), **{name: float(metric) for name, metric in told.items()}}
+            values["gradient_norm"] = gradient_norm(engine, preemption)
+            bad = [f"{name} is {values[name]}" for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
+            reason = " and ".join(bad)
+        except NonFiniteError as error:
+            reason = error
+        if reason:
+            discard_gradients(engine)
+            loss.load_state_dict(loss_before)
+            guard.skip(step, reason, lambda process, microstep: order.microbatch_rows(step - 1, microstep, process))
+            return None
+        if config.penalty.check_every and step % config.penalty.check_every == 0:
+            values |= check_directions(engine, batches[0])
+        engine.step()
+        guard.accept()
+        values["tokens"] = float(sum(batch["attention_mask"].sum() for batch in batches))
+        return values
+
+    if done == 0:
         evaluation(0)
     engine.train()
-    for step in range(state["step"] + 1, total_steps + 1):
-        step_began = time.monotonic()
-        learning_rate = engine.get_lr()[0]
-        records: list[dict[str, Tensor]] = []
-        tokens, norm = torch.zeros((), dtype=torch.int64, device=device), None
-        for microstep in range(config.batch.accumulation):
-            batch = inputs.collate("train", order.microbatch_rows(step - 1, microstep, rank), device)
-            with distributed.naming_step(step):
-                loss_value = engine(reference("train", batch))
-            records.append({"loss": loss_value.detach(), **engine.module.metrics})
-            tokens = tokens + batch["attention_mask"].sum()
-            engine.backward(loss_value)
-            norm = gradient_norm(engine)  # None before the last microbatch
-            engine.step()  # the optimizer's, at the last microbatch; before it DeepSpeed only counts
-        saves = save_every > 0 and step % save_every == 0 and step < total_steps
-        if step % config.log_every == 0 or step in (1, total_steps) or saves:
-            values = _gather_metrics(records, tokens, device)
-            values["gradient_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
-            values["learning_rate"] = learning_rate
-            values["tokens_per_second"] = values.pop("tokens") / (time.monotonic() - step_began)
-            _check_step(config, loss, step, values)  # before anything of it is kept
-            metrics.write(step, "train", {"seconds": time.monotonic() - began, **values})
-        metrics.advance()
-        if step == total_steps or (config.eval_every and step % config.eval_every == 0):
-            evaluation(step)
-        if saves:
-            state = {"seconds": time.monotonic() - began, "metrics_offset": metrics.offset(), "data": data_state}
-            save_checkpoint(engine, run_dir / "checkpoints", step, state, config.keep_checkpoints)
+    with Preemption(device) as preemption:
+        for step in range(done + 1, total_steps + 1):
+            step_began, learning_rate = time.monotonic(), engine.get_lr()[0]
+            values = train_step(step)
+            stops = preemption.requested() and step < total_steps
+            saves = stops or (save_every > 0 and step % save_every == 0 and step < total_steps)
+            if values is not None and (step % config.log_every == 0 or step in (1, total_steps) or saves):
+                values |= _sums_over_processes(values.pop("tokens"), device)
+                values["tokens_per_second"] = values.pop("tokens") / (time.monotonic() - step_began)
+                values |= {"learning_rate": learning_rate, "skipped_steps": guard.skipped}
+                if step == 1 and first:
+                    _check_first_loss(config, loss, values["loss"])
+                metrics.write(step, "train", {"seconds": time.monotonic() - began, **values})
+            metrics.advance()
+            held_out = None
+            if step == total_steps or (config.eval_every and step % config.eval_every == 0):
+                held_out = evaluation(step)
+            if config.eval_every and held_out is not None:
+                lowest = save_best(engine, config, inputs.tokenizer, run_dir, held_out, lowest)
+            if saves:
+                state = {
+                    "seconds": time.monotonic() - began,
+                    "metrics_offset": metrics.offset(),
+                    "data": data_state,
+                    "guard": guard.state_dict(),
+                    "lowest": lowest,
+                }
+                save_checkpoint(engine, checkpoints, step, state, config.keep_checkpoints, held_out)
+            done = step
+            if stops:
+                break
 
-    save_model(engine, config, inputs.tokenizer, run_dir / "model")
+    if done == total_steps:
+        save_model(engine, config, inputs.tokenizer, run_dir / "model")
     metrics.close()
     engine.destroy()
     dist.barrier()
+    return total_steps - done
 
 
-def _gather_metrics(records: list[dict[str, Tensor]], tokens: Tensor, device: torch.device) -> dict[str, float]:
-    """Means over the microbatches of all processes, the tokens of all, and the largest memory."""
-    own = [{name: float(value) for name, value in record.items()} for record in records]
-    gathered = distributed.gather((own, int(tokens), peak_memory_bytes(device)))
-    everyone = [record for records, _, _ in gathered for record in records]
-    values = distributed.mean_by_name((record, 1.0) for record in everyone)
-    # A mean by name leaves NaN out (a class that a microbatch does not hold), but the loss must not hide one.
-    values["loss"] = sum(record["loss"] for record in everyone) / len(everyone)
-    values["tokens"] = sum(tokens for _, tokens, _ in gathered)
-    values["peak_memory_bytes"] = max(memory for _, _, memory in gathered)
-    return values
+def _warn_of_batches(config: RunConfig, loss: PreferenceLoss, order: BatchOrder) -> None:
+    aggregate = getattr(loss, "aggregate", None)
+    if aggregate is not None and aggregate.coupled and order.effective_batch == 1:
+        # A sort of one warns by itself.
+        name = config.loss["name"]
+        logger.warning(
+            "loss %r with batch.effective_batch 1 is plain DPO: a tilt of one pair has nothing to weigh", name
+        )
+    if order.effective_batch > order.rows:
+        logger.warning(
+            "a step takes %d samples and data.train holds %d, so a step repeats some; lower batch.effective_batch",
+            order.effective_batch,
+            order.rows,
+        )
 
 
-def _check_step(config: RunConfig, loss: PreferenceLoss, step: int, values: dict[str, float]) -> None:
-    """Stop at a loss or gradient that is not finite; warn of a first loss that is not what it must be."""
-    for name in ("loss", "gradient_norm"):
-        if not math.isfinite(values[name]):
-            raise FloatingPointError(
-                f"step {step}: {name} is {values[name]}; lower optimizer.learning_rate, or look at the data of this "
-                "step; the newest checkpoint is from before it"
-            )
-    value = values["loss"]
-    if step == 1 and _starts_at_ln_2(config, loss):
-        tolerance = 1e-3 if config.precision == "fp32" else 3e-2
-        if abs(value - math.log(2)) > tolerance and distributed.is_first():
-            logger.warning(
-                "the first loss is %.4f and should be ln 2 = %.4f, as the policy still is its own reference: something "
-                "makes their log-probabilities differ (lora.dropout is %s; other sources are a model with dropout or "
-                "noise of its own, another model's cache in reference.cache_dir, or precision %s on long completions)",
-                value,
-                math.log(2),
-                config.lora.dropout if config.lora else "not in use",
-                config.precision,
-            )
+def _sums_over_processes(tokens: float, device: torch.device) -> dict[str, float]:
+    """The tokens of all processes, and the largest memory."""
+    gathered = distributed.gather((tokens, peak_memory_bytes(device)))
+    return {"tokens": sum(tokens for tokens, _ in gathered), "peak_memory_bytes": max(bytes_ for _, bytes_ in gathered)}
+
+
+def _check_first_loss(config: RunConfig, loss: PreferenceLoss, value: float) -> None:
+    """Warn of a first loss that is not what it must be."""
+    tolerance = 1e-3 if config.precision == "fp32" else 3e-2
+    if _starts_at_ln_2(config, loss) and abs(value - math.log(2)) > tolerance:
+        logger.warning(
+            "the first loss is %.4f and should be ln 2 = %.4f, as the policy still is its own reference: something "
+            "makes their log-probabilities differ (lora.dropout is %s; other sources are a model with dropout or "
+            "noise of its own, another model's cache in reference.cache_dir, or precision %s on long completions)",
+            value,
+            math.log(2),
+            config.lora.dropout if config.lora else "not in use",
+            config.precision,
+        )
 
 
 def _starts_at_ln_2(config: RunConfig, loss: PreferenceLoss) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from robustloss.functional import linear_sequence_logps, sequence_logps
+from robustloss.functional import linear_sequence_logps, linear_sequence_logps_with_cotangent, sequence_logps
 from robustloss.losses import PreferenceLoss
 
 logger = logging.getLogger(__name__)
@@ -69,13 +69,21 @@ class LossModule(nn.Module):
 
                 deepspeed.zero.register_external_parameter(self, parameter)
 
-    def forward(self, batch: dict[str, Tensor], output: str = "loss") -> Tensor | dict[str, Tensor]:
-        """The loss (output="loss"), or log-probabilities by name: the policy's ("logps"), or those of the base model
-        under the LoRA adapter ("base_logps").
+    def forward(
+        self, batch: dict[str, Tensor], output: str = "loss", *, cotangents: dict[str, Tensor] | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of this batch alone (output="loss"), or log-probabilities by name: the policy's ("logps"), or those
+        of the base model under the LoRA adapter ("base_logps"); or sum c_i logp_i ("surrogate").
+
+        Args:
+            cotangents: of a surrogate, {name in logps: [B] c}; its output head takes one pass, as c is known.
 
         Raises:
-            FloatingPointError: log-probabilities that are not finite (on the CPU, where looking costs nothing).
+            FloatingPointError: log-probabilities that are not finite (of a loss, on the CPU, where looking is free).
         """
+        if output == "surrogate":
+            assert cotangents is not None, "a surrogate needs cotangents"
+            return self._surrogate(batch, cotangents)
         if output != "loss":
             with self.model.disable_adapter() if output == "base_logps" else nullcontext():
                 return self._named_logps(batch)[0]
@@ -85,41 +93,30 @@ class LossModule(nn.Module):
             logps, embeddings = self._named_logps(batch)
         _check_finite(logps, batch["index"])
         options = {"embeddings": embeddings} if self._double_backward else {}
-        if self.loss.needs_groups:
-            options["groups"] = batch["group"]
-        if self.loss.paired:
-            loss, metrics = self.loss(
-                logps["chosen_logps"],
-                logps["rejected_logps"],
-                batch["ref_chosen_logps"],
-                batch["ref_rejected_logps"],
-                return_metrics=True,
-                **options,
-            )
-        else:
-            if "mismatched_logps" in logps:
-                options["kl_logratios"] = logps["mismatched_logps"] - batch["ref_mismatched_logps"]
-            loss, metrics = self.loss(
-                logps["logps"], batch["ref_logps"], batch["desirable"], return_metrics=True, **options
-            )
+        loss, metrics = self.loss(**loss_arguments(self.loss, logps, batch), return_metrics=True, **options)
         self.metrics = metrics
         self.logps = {name: value.detach() for name, value in logps.items()}
         return loss
 
     def _named_logps(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """The policy's log-probabilities by name, and the input embeddings where the loss differentiates by them."""
-        named = {}
+        logps, embeddings = self._sequence_logps(batch)
+        named = {"logps": logps}
+        if "desirable" not in batch:
+            named = dict(zip(("chosen_logps", "rejected_logps"), logps.chunk(2), strict=True))
         if "mismatched_input_ids" in batch:
             with torch.no_grad():  # KTO's reference point is held fixed
                 mismatched = {key: batch[f"mismatched_{key}"] for key in ("input_ids", "attention_mask", "labels")}
                 named["mismatched_logps"] = self._sequence_logps(mismatched)[0]
-        logps, embeddings = self._sequence_logps(batch)
-        if "desirable" in batch:
-            return {"logps": logps, **named}, embeddings
-        named["chosen_logps"], named["rejected_logps"] = logps.chunk(2)
         return named, embeddings
 
-    def _sequence_logps(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:  # [rows], [rows, T, H]
+    def _surrogate(self, batch: dict[str, Tensor], cotangents: dict[str, Tensor]) -> Tensor:
+        names = ("logps",) if "desirable" in batch else ("chosen_logps", "rejected_logps")
+        return self._sequence_logps(batch, torch.cat([cotangents[name] for name in names]))[0]
+
+    def _sequence_logps(
+        self, batch: dict[str, Tensor], cotangent: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:  # [rows] (or, with a cotangent, their product []), [rows, T, H]
         decoder, head, embed = self._parts
         inputs: dict[str, Tensor] = {"input_ids": batch["input_ids"]}
         embeddings = None
@@ -132,13 +129,36 @@ class LossModule(nn.Module):
         linear = _as_linear(head, hidden)
         if linear is not None:
             options = {"softcap": self._softcap, "logit_scale": self._logit_scale, "shift": True}
+            if cotangent is not None:
+                surrogate, _ = linear_sequence_logps_with_cotangent(
+                    hidden, labels=batch["labels"], cotangent=cotangent, **linear, **options
+                )
+                return surrogate, embeddings
             logps = linear_sequence_logps(hidden, labels=batch["labels"], **linear, **options)
         else:
             logits = head(hidden)
             if self._softcap is not None:
                 logits = self._softcap * torch.tanh(logits / self._softcap)
             logps = sequence_logps(logits, batch["labels"], temperature=1 / self._logit_scale, shift=True)
-        return cast(Tensor, logps), embeddings  # without return_entropy it is one tensor
+        logps = cast(Tensor, logps)  # without return_entropy it is one tensor
+        return logps if cotangent is None else (cotangent.to(logps.dtype) * logps).sum(), embeddings
+
+
+def loss_arguments(loss: PreferenceLoss, logps: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The arguments of `loss.forward` by name, from log-probabilities as `LossModule` names them and their batch."""
+    if loss.paired:
+        arguments = {}
+        for side in ("chosen_logps", "rejected_logps"):
+            arguments |= {f"policy_{side}": logps[side], f"ref_{side}": batch[f"ref_{side}"]}
+        return arguments | ({"groups": batch["group"].long()} if loss.needs_groups else {})
+    arguments = {
+        "policy_logps": logps["logps"],
+        "ref_logps": batch["ref_logps"],
+        "desirable": batch["desirable"].bool(),
+    }
+    if "mismatched_logps" in logps:
+        arguments["kl_logratios"] = logps["mismatched_logps"] - batch["ref_mismatched_logps"]
+    return arguments
 
 
 def _is_plain_lora(head: nn.Module) -> bool:

@@ -30,7 +30,7 @@ class Tiny:
             "data": {"train": self.pairs, "eval": self.pairs, "max_length": 64},
             "loss": {"name": "dpo", "beta": 0.1},
             "optimizer": {"learning_rate": 3e-3},
-            "batch": {"microbatch": 4},
+            "batch": {"effective_batch": 4},
             "max_steps": 4,
             "save_every": 0,
         }

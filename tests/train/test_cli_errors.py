@@ -143,8 +143,9 @@ def test_mismatched_pairs_need_two_prompts_on_both_sides(refuse, tmp_path):
     assert "data.eval_fraction" not in message
 
 
-def test_aot_unpaired_has_nothing_to_match_in_a_microbatch_of_one(refuse, tiny):
-    assert "batch.microbatch" in refuse("loss.name=aot_unpaired", "batch.microbatch=1", data=tiny.unpaired)
+def test_aot_unpaired_has_nothing_to_match_in_a_batch_of_one(refuse, tiny):
+    message = refuse("loss.name=aot_unpaired", "batch.effective_batch=1", data=tiny.unpaired)
+    assert "batch.effective_batch is 1" in message
 
 
 def test_base_reference_needs_lora(refuse):

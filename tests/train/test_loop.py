@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -129,15 +130,35 @@ def test_kto_trains_on_desirable_completions_alone(train, tmp_path):
     assert after["rewards/chosen"] > 0
 
 
-def test_accumulated_microbatches_train_as_one_batch(train):
-    whole = metrics_of(train("whole", batch={"microbatch": 8}), "eval")[-1]
-    parts = metrics_of(train("parts", batch={"microbatch": 2, "accumulation": 4}), "eval")[-1]
-    for name in ("loss", "rewards/margins", "logps/chosen"):
-        assert parts[name] == pytest.approx(whole[name], rel=1e-4)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "dpo"},
+        {"name": "kldpo", "tau": 0.1},
+        {"name": "kldpo", "rho": 0.1},
+        {"name": "wdpo"},
+        {"name": "wdpo", "penalty": "exact"},
+        {"name": "aot_paired"},
+        {"name": "aot_paired", "sort": "soft_l2"},
+        {"name": "aot_unpaired"},
+        {"name": "kto"},
+        {"name": "beta_dpo", "filter_ratio": 0.0},
+    ],
+    ids=lambda loss: "-".join(map(str, loss.values())),
+)
+def test_accumulated_microbatches_train_as_one_batch(train, tiny, loss):
+    data = tiny.unpaired if loss["name"] in ("aot_unpaired", "kto") else tiny.pairs
+    options = {"loss": loss, "data": {"train": data, "eval": data}}
+    whole = train("whole", batch={"effective_batch": 8, "microbatch": 8}, **options)
+    parts = train("parts", batch={"effective_batch": 8, "microbatch": 3}, **options)  # of 2, 3 and 3
+    for split in ("train", "eval"):
+        for one, other in zip(metrics_of(whole, split), metrics_of(parts, split), strict=True):
+            for name in ("loss", "rewards/margins", "logps/chosen"):
+                assert other[name] == pytest.approx(one[name], rel=2e-4, abs=1e-5)
 
 
 def test_each_epoch_holds_every_row_once_and_every_step_is_full():
-    order = BatchOrder(rows=10, microbatch=2, accumulation=2, processes=2, seed=3)
+    order = BatchOrder(rows=10, effective_batch=8, microbatch=2, processes=2, seed=3)
     steps = order.total_steps(epochs=4)
     assert steps == 5
     stream = [
@@ -152,14 +173,30 @@ def test_each_epoch_holds_every_row_once_and_every_step_is_full():
     assert len({tuple(epoch) for epoch in epochs}) == 4  # shuffled anew each time
 
 
-def test_a_step_holds_the_same_rows_however_it_is_divided():
-    whole = BatchOrder(rows=10, microbatch=8, accumulation=1, processes=1, seed=0)
-    divided = BatchOrder(rows=10, microbatch=2, accumulation=2, processes=2, seed=0)
+@pytest.mark.parametrize(
+    ("effective", "microbatch", "processes"), [(8, 2, 2), (7, 2, 2), (7, 3, 1), (9, 8, 4), (5, 1, 5)]
+)
+def test_a_step_holds_the_same_rows_however_it_is_dealt(effective, microbatch, processes):
+    whole = BatchOrder(rows=10, effective_batch=effective, microbatch=effective, processes=1, seed=0)
+    dealt = BatchOrder(rows=10, effective_batch=effective, microbatch=microbatch, processes=processes, seed=0)
     for step in range(4):
         parts = [
-            row for microstep in range(2) for rank in range(2) for row in divided.microbatch_rows(step, microstep, rank)
+            dealt.microbatch_rows(step, microstep, rank)
+            for microstep in range(dealt.accumulation)
+            for rank in range(processes)
         ]
-        assert parts == whole.microbatch_rows(step, 0, 0)
+        assert list(itertools.chain(*parts)) == whole.microbatch_rows(step, 0, 0)
+        sizes = {len(part) for part in parts}
+        assert max(sizes) <= microbatch
+        assert max(sizes) - min(sizes) <= 1
+        assert min(sizes) >= 1
+
+
+def test_a_step_that_cannot_be_dealt_is_refused():
+    with pytest.raises(InputError, match="effective_batch 3 cannot be dealt to 4 processes"):
+        BatchOrder(rows=10, effective_batch=3, microbatch=8, processes=4, seed=0)
+    with pytest.raises(InputError, match="use a multiple of 2"):
+        BatchOrder(rows=10, effective_batch=5, microbatch=1, processes=2, seed=0)
 
 
 def test_the_learning_rate_rises_then_falls_and_never_wastes_a_step():
@@ -334,11 +371,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(train):
 
 def test_a_sort_of_one_pair_warns_that_it_is_plain_dpo(train):
     with pytest.warns(UserWarning, match="plain DPO"):
-        train(loss={"name": "aot_paired"}, batch={"microbatch": 1}, max_steps=1)
+        train(loss={"name": "aot_paired"}, batch={"effective_batch": 1}, max_steps=1)
 
 
 def test_a_tilt_of_one_pair_warns_that_it_is_plain_dpo(train, caplog):
-    train(loss={"name": "kldpo", "tau": 1.0}, batch={"microbatch": 1}, max_steps=1)
+    train(loss={"name": "kldpo", "tau": 1.0}, batch={"effective_batch": 1}, max_steps=1)
     assert caplog.text.count("plain DPO") == 1
 
 

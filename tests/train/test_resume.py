@@ -22,7 +22,7 @@ def command(tiny, run_dir: Path, processes: int, **changes) -> list[str]:
     settings = tiny.settings(
         run_dir,
         loss={"name": "kldpo", "tau": 1.0},
-        batch={"microbatch": 4, "accumulation": 2},
+        batch={"effective_batch": 8 * processes, "microbatch": 4},
         max_steps=60,
         save_every=10,
         eval_every=15,

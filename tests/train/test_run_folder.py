@@ -98,7 +98,7 @@ def test_a_reference_cache_that_cannot_be_made_is_named(tiny, tmp_path):
 
 
 def test_a_step_of_more_samples_than_there_are_says_so(tiny, tmp_path, caplog):
-    start(tiny, tmp_path / "run", batch={"microbatch": 500}, max_steps=1)
+    start(tiny, tmp_path / "run", batch={"effective_batch": 500, "microbatch": 500}, max_steps=1)
     assert "a step takes 500 samples" in caplog.text
 
 

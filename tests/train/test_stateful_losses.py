@@ -62,7 +62,7 @@ def metrics_of(run_dir: Path, split: str) -> list[dict]:
 
 @pytest.mark.parametrize("loss", FAMILY)
 def test_every_loss_of_the_family_trains_from_its_name_in_a_config(settings, loss):
-    run_dir = run(load_config(None, base=settings("run", loss, max_steps=8, batch={"microbatch": 6})))
+    run_dir = run(load_config(None, base=settings("run", loss, max_steps=8, batch={"effective_batch": 6})))
     before, after = metrics_of(run_dir, "eval")
     assert before["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert after["loss"] < before["loss"] - 0.02
@@ -105,7 +105,7 @@ def test_a_state_is_restored_with_its_checkpoint_to_the_bit(settings, tmp_path, 
 
 @pytest.mark.distributed
 def test_two_processes_share_one_state_and_resume_it_to_the_bit(settings, tmp_path):
-    options = {"max_steps": 4, "save_every": 2, "batch": {"microbatch": 2}}
+    options = {"max_steps": 4, "save_every": 2, "batch": {"effective_batch": 4, "microbatch": 2}}
     stages = {"beta_dpo": 3, "group_dro": 1}
     for loss, zero_stage in stages.items():
         (tmp_path / f"{loss}.json").write_text(json.dumps(settings(loss, loss, zero_stage=zero_stage, **options)))

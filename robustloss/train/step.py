@@ -1,0 +1,86 @@
+"""One optimizer step's gradients: the loss of all processes' and all microbatches' samples as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from robustloss.global_batch import GlobalBatch
+from robustloss.penalty import direction_error, directional_step
+from robustloss.train.distributed import gather, mean_by_name
+from robustloss.train.loss_module import loss_arguments
+
+Batch = dict[str, Tensor]
+
+
+def accumulate_gradients(engine: Any, microbatches: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Leave the gradient of the global batch's loss in the engine, for `engine.step()` to use: (loss, metrics), both
+    of the global batch. All processes call it, each with as many microbatches.
+
+    Raises:
+        NonFiniteError: log-probabilities that are not finite, in all processes alike.
+    """
+    loss = engine.module.loss
+    # DeepSpeed divides by it what it is given.
+    divisor = engine.gradient_accumulation_steps()
+    backward = _Backward(engine)
+    sizes = [float(len(batch["index"])) for batch in microbatches]
+    if not loss.needs_embeddings:
+
+        def arguments(batch: Batch) -> dict[str, Tensor]:
+            return loss_arguments(loss, engine(batch, output="logps"), batch)
+
+        def surrogate(batch: Batch, cotangents: dict[str, Tensor]) -> Tensor:
+            named = {name.removeprefix("policy_"): value for name, value in cotangents.items()}
+            return engine(batch, output="surrogate", cotangents=named)
+
+        return GlobalBatch(loss).step(
+            microbatches, arguments, backward, surrogate_fn=surrogate, masses=sizes, divisor=divisor
+        )
+    if loss.differentiates_twice:
+        return _with_exact_penalty(engine, microbatches, backward, divisor)
+
+    def arguments_at(batch: Batch, offset: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        logps = engine(batch, output="logps", embedding_offset=offset)
+        return loss_arguments(loss, logps, batch), engine.module.embeddings
+
+    return directional_step(loss, microbatches, arguments_at, backward, masses=sizes, divisor=divisor)
+
+
+class _Backward:
+    """`engine.backward`, with the `engine.step` by which DeepSpeed counts it, but for the last of a step."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.called = False
+
+    def __call__(self, value: Tensor) -> None:
+        if self.called:
+            self.engine.step()
+        self.engine.backward(value)
+        self.called = True
+
+
+def _with_exact_penalty(
+    engine: Any, microbatches: list[Batch], backward: Callable[[Tensor], None], divisor: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Exact WDPO differentiates inside the engine, microbatch by microbatch; so its root is that of a microbatch."""
+    sizes = [len(batch["index"]) for batch in microbatches]
+    total = sum(sum(sizes) for sizes in gather(sizes))
+    records = []
+    for batch, size in zip(microbatches, sizes, strict=True):
+        value = engine(batch)
+        backward(value * (divisor * dist.get_world_size() * size / total))
+        metrics = {name: float(metric) for name, metric in engine.module.metrics.items()}
+        records.append(({"loss": float(value), **metrics}, float(size)))
+    means = mean_by_name(record for records in gather(records) for record in records)
+    metrics = {name: value.new_tensor(mean) for name, mean in means.items()}
+    return metrics.pop("loss"), metrics
+
+
+def check_directions(engine: Any, batch: Batch) -> dict[str, float]:
+    """How far the directional penalty's gradient is from the exact one, on one microbatch, the worst process's."""
+    return {"penalty/direction_error": max(gather(direction_error(engine.module, batch)))}
