@@ -22,6 +22,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What runs share goes to the user's cache folder, which tests leave alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROBUSTLOSS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The device Triton kernels are tested on: a GPU, or the CPU by Triton's interpreter."""

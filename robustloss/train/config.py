@@ -74,7 +74,7 @@ class DataConfig:
 class ReferenceConfig:
     mode: str = "precomputed"  # once, cached on disk; live: a frozen copy; base: the model under the LoRA adapter
     name_or_path: str | None = None  # null: the policy before training
-    cache_dir: str | None = None  # null: <output_dir>/reference_cache
+    cache_dir: str | None = None  # null: $ROBUSTLOSS_CACHE or ~/.cache/robustloss, shared between runs
 
 
 @dataclass

@@ -127,6 +127,7 @@ def demo_settings(output_dir: Path) -> dict[str, Any]:
         "model": {"name_or_path": str(folder / "model")},
         "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_length": MAX_LENGTH},
         "loss": {"name": "kldpo", "beta": 0.1, "tau": 1.0},
+        "reference": {"cache_dir": str(Path(output_dir) / "reference_cache")},  # nothing outside of its folder
         "optimizer": {"learning_rate": 7e-5},
         "batch": {"effective_batch": 64, "microbatch": 64},
         "max_steps": 160,

@@ -1,38 +1,43 @@
 """The reference model's log-probabilities: computed once and kept on disk, or from a live frozen copy, or from the base
 model under the LoRA adapter.
 
-The cache's file is named by the SHA-256 of everything the numbers depend on: the model's files, the tokens, the
-precision, the way of computing attention. It is written whole or not at all.
+What is kept is found again by everything that the numbers depend on (see `reference_cache`). It is computed in parts,
+and a kill loses one of them at most. The batches depend neither on where it was cut nor on the number of processes, so
+the numbers are the same to the bit.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
+from tqdm import tqdm
 
-from robustloss._files import replace_file
+from robustloss._version import __version__
 from robustloss.train.config import RunConfig, attention_of, input_errors
 from robustloss.train.data import fingerprint
-from robustloss.train.distributed import on_first
+from robustloss.train.distributed import gather, is_first, on_first
 from robustloss.train.engine import build_reference
 from robustloss.train.inputs import Inputs
+from robustloss.train.model_identity import model_identity
+from robustloss.train.reference_cache import ReferenceCache, Table, digest_of, key_of
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 Logps = Callable[[Batch], dict[str, Tensor]]
+
+# A part of the table: one in 50 of its batches, but enough of them that writing one costs nothing beside.
+PARTS = 50
+PART_BATCHES = 64
+PART_ROUNDS = 8  # batches for each process
 
 
 def build_references(
@@ -41,7 +46,11 @@ def build_references(
     """A function (split, batch) -> batch with the reference's log-probabilities, as config.reference asks.
 
     Call it before anything is trained or resumed: where no other model is named, the policy as it is now is the
-    reference.
+    reference. A model that is named is loaded only where a table is missing. All processes call it.
+
+    Raises:
+        InputError: no folder can be written to.
+        FloatingPointError: log-probabilities that are not finite; names the rows.
     """
     if config.reference.mode == "base":
         return lambda split, batch: _with_reference(batch, partial(engine, output="base_logps"))
@@ -49,32 +58,33 @@ def build_references(
         reference = build_reference(config, device)
         return lambda split, batch: _with_reference(batch, partial(reference, output="logps"))
 
-    name = config.reference.name_or_path
-    reference = engine if name is None else build_reference(config, device)
-    folder = Path(config.reference.cache_dir or Path(config.output_dir) / "reference_cache")
-    settings = {
-        "model": model_identity(name or config.model.name_or_path),
-        "precision": config.precision,
-        "attention": attention_of(config),
-        "transformers": version("transformers"),
-    }
-    tables = {}
-    reference.eval()
-    for split, examples in inputs.examples.items():
-        tables[split] = precomputed(
-            partial(reference, output="logps"),
-            len(examples),
-            partial(inputs.collate, split, device=device),
-            size=config.batch.microbatch,
-            path=cache_path(folder, data=fingerprint(examples), **settings),
-            device=device,
-        )
-    if reference is not engine and hasattr(reference, "destroy"):
-        reference.destroy()
+    cache = ReferenceCache.of(config)
+    with input_errors():
+        # The first process's: hosts whose libraries differ must still agree on what is missing.
+        settings = _from_first(partial(_settings, config, inputs, cache))
+    keys = {split: key_of(given) for split, given in settings.items()}
+    tables: dict[str, Table] = {}  # by key: two splits may hold the same rows
+    for split, key in keys.items():
+        if key not in tables:
+            table = _shared(on_first(partial(cache.load, settings[split])), device)
+            if table is not None:
+                tables[key] = table
+    missing = {key: split for split, key in keys.items() if key not in tables}
+    if missing:
+        on_first(cache.check_writable)
+        name = config.reference.name_or_path
+        reference = engine if name is None else build_reference(config, device)
+        reference.eval()
+        for key, split in missing.items():
+            collate = partial(inputs.collate, split, device=device)
+            logps = partial(reference, output="logps")
+            tables[key] = compute_table(logps, collate, cache, settings[split], device=device, title=split)
+        if reference is not engine and hasattr(reference, "destroy"):
+            reference.destroy()
 
     def look_up(split: str, batch: Batch) -> Batch:
         rows = batch["index"].cpu()
-        return batch | {column: values[rows].to(device) for column, values in tables[split].items()}
+        return batch | {column: values[rows].to(device) for column, values in tables[keys[split]].items()}
 
     return look_up
 
@@ -84,108 +94,152 @@ def _with_reference(batch: Batch, logps: Logps) -> Batch:
     return batch | {f"ref_{name}": value.float() for name, value in logps(batch).items()}
 
 
-def rounds(count: int, size: int) -> Iterator[tuple[list[int], bool]]:
-    """This process's share of the rows 0 .. count - 1 in batches of `size`: (rows, whether they count).
+def _settings(config: RunConfig, inputs: Inputs, cache: ReferenceCache) -> dict[str, dict[str, Any]]:
+    """For each split that has rows, all that its numbers depend on, down to their last bit on the same hardware."""
+    name = config.reference.name_or_path or config.model.name_or_path
+    common = {
+        "model": model_identity(name, cache.folders[0]),
+        "remote_code": config.model.trust_remote_code,
+        "precision": config.precision,
+        "attention": attention_of(config),
+        "batch": config.batch.microbatch,  # sums of another shape round in another way
+        "versions": {package: version(package) for package in ("torch", "transformers")} | {"robustloss": __version__},
+    }
+    return {
+        split: {**common, "data": fingerprint(examples), "rows": len(examples)}
+        for split, examples in inputs.examples.items()
+        if examples
+    }
+
+
+def batches_of(count: int, size: int) -> list[range]:
+    """The rows 0 .. count - 1 in batches of `size`, the last one shorter."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def rounds(batches: Sequence[range]) -> Iterator[tuple[int, range, bool]]:
+    """This process's share of the batches: (the first's place among all their rows, a batch, whether it counts).
 
     Every process gets the same number of batches, as ZeRO-3 needs; where they run out, the first is repeated and does
-    not count. The batches do not depend on the number of processes.
+    not count.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    starts = range(0, count, size)
-    for first in range(0, len(starts), world):
-        position = first + rank
-        start = starts[position] if position < len(starts) else 0
-        yield list(range(start, min(start + size, count))), position < len(starts)
+    places = [0]
+    for batch in batches:
+        places.append(places[-1] + len(batch))
+    for first in range(0, len(batches), world):
+        position = first + rank if first + rank < len(batches) else 0
+        yield places[position], batches[position], position == first + rank
 
 
 @torch.no_grad()
-def logps_table(
-    columns: Logps, count: int, collate: Callable[[list[int]], Batch], *, size: int, device: torch.device
-) -> tuple[dict[str, Tensor], list[bool]]:
-    """What `columns(batch)` gives for each of `count` rows, float32 [count] by name, from all processes together; and
-    which of this process's batches counted."""
-    table: dict[str, Tensor] = {}
+def _logps_of(
+    columns: Logps,
+    batches: Sequence[range],
+    collate: Callable[[list[int]], Batch],
+    device: torch.device,
+    progress: Callable[[int], Any] = lambda rows: None,
+) -> tuple[Table, list[bool]]:
+    """What `columns(batch)` gives for each row of the batches, in their order, from all processes together; and which
+    of this process's batches counted."""
+    count = sum(len(batch) for batch in batches)
+    table: Table = {}
     counted = []
-    for rows, counts in rounds(count, size):
+    for place, batch, counts in rounds(batches):
         counted.append(counts)
-        for name, value in columns(collate(rows)).items():
+        for name, value in columns(collate(list(batch))).items():
             column = table.setdefault(name, torch.zeros(count, device=device))
             if counts:
-                column[rows] = value.float()
+                column[place : place + len(batch)] = value.float()
+        progress(dist.get_world_size() * len(batch))
     for column in table.values():
         dist.all_reduce(column)
     return table, counted
 
 
-def precomputed(
+def logps_table(
+    columns: Logps, count: int, collate: Callable[[list[int]], Batch], *, size: int, device: torch.device
+) -> tuple[Table, list[bool]]:
+    """What `columns(batch)` gives for each of `count` rows, float32 [count] by name, from all processes together; and
+    which of this process's batches counted."""
+    return _logps_of(columns, batches_of(count, size), collate, device)
+
+
+def compute_table(
     logps: Logps,
-    count: int,
     collate: Callable[[list[int]], Batch],
+    cache: ReferenceCache,
+    settings: dict[str, Any],
     *,
-    size: int,
-    path: Path,
     device: torch.device,
-) -> dict[str, Tensor]:
-    """The table {"ref_...": float32 [rows]} of a dataset, from `path` or computed by all processes together."""
-    table = _load(path, count)
-    # One process's look at a shared folder may be older than another's: all read it, or none does.
-    found = torch.tensor([table is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    if table is not None and bool(found):
-        return table
-    computed, _ = logps_table(logps, count, collate, size=size, device=device)
-    table = {f"ref_{name}": column.cpu() for name, column in computed.items()}
-    for column in table.values():
-        if not bool(column.isfinite().all()):
-            bad = (~column.isfinite()).nonzero().flatten().tolist()
-            raise FloatingPointError(f"the reference's log-probabilities are not finite for the dataset's rows {bad}")
-    on_first(partial(_save, path, table))
-    return table
+    title: str,
+) -> Table:
+    """The table {"ref_...": float32 [rows]} from all processes together: the parts in the cache, and what is missing.
 
-
-def cache_path(folder: Path, **settings: Any) -> Path:
-    """Where the table that depends on these settings is kept."""
-    key = json.dumps(settings, sort_keys=True)
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-
-
-def model_identity(name_or_path: str) -> dict[str, Any]:
-    """What tells one model from another: the files of its folder (weights, config, code), or a Hub name and its commit.
-
-    Small files count by their content, weights by size and time of change: reading 100 GB to find a cache would cost
-    more than it saves.
+    `settings` hold "rows" and "batch", the numbers of rows in all and in a batch.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        from transformers.utils.hub import cached_file
+    count, batches = settings["rows"], batches_of(settings["rows"], settings["batch"])
+    parts = on_first(partial(cache.load_parts, settings)) or []  # the first process's alone
+    ready = torch.zeros(count, dtype=torch.bool)
+    for rows, _ in parts:
+        ready[rows] = True
+    unready = [i for i, batch in enumerate(batches) if not bool(ready[batch.start : batch.stop].all())]
+    todo = _from_first(lambda: unready)
 
-        # A config does not tell its commit in every version of transformers; the local cache's folder is named by it.
-        snapshot = Path(str(cached_file(name_or_path, "config.json"))).parent
-        return {"name": name_or_path, "commit": snapshot.name}
-    files = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".bin"):
-            files[file.name] = [file.stat().st_size, file.stat().st_mtime_ns]
-        elif file.name == "config.json" or file.suffix == ".py":
-            files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return {"files": files}
+    told = False
+    length = max(PART_BATCHES, PART_ROUNDS * dist.get_world_size(), len(batches) // PARTS)
+    silent = not (is_first() and sys.stderr.isatty())
+    described = f"reference of {title}"
+    with tqdm(desc=described, total=count, initial=int(ready.sum()), unit="row", delay=2, disable=silent) as bar:
+        for first in range(0, len(todo), length):
+            chosen = [batches[i] for i in todo[first : first + length]]
+            columns, _ = _logps_of(logps, chosen, collate, device, lambda rows: bar.update(min(rows, count - bar.n)))
+            part = {f"ref_{name}": column.cpu() for name, column in columns.items()}
+            rows = torch.tensor([row for batch in chosen for row in batch])
+            parts.append((rows, part))
+            if all(bool(column.isfinite().all()) for column in part.values()):
+                on_first(partial(cache.save_part, settings, rows, part))
+            elif is_first() and not told:
+                logger.warning("the reference's log-probabilities are not finite; the run stops when all are known")
+                told = True
 
-
-def _load(path: Path, rows: int) -> dict[str, Tensor] | None:
-    if not path.is_file():
-        return None
-    try:
-        table = load_file(path)
-    except (SafetensorError, OSError) as error:
-        logger.warning("%s cannot be read (%s) and is computed again", path, error)
-        return None
-    if not all(len(column) == rows and bool(column.isfinite().all()) for column in table.values()):
-        logger.warning("%s does not hold %d finite rows and is computed again", path, rows)
-        return None
+    table = _shared(on_first(partial(_joined, parts, count)), device)
+    assert table is not None
+    bad = sorted({row for column in table.values() for row in (~column.isfinite()).nonzero().flatten().tolist()})
+    if bad:
+        raise FloatingPointError(f"the reference's log-probabilities are not finite for the dataset's rows {bad}")
+    on_first(partial(cache.save, settings, table))
     return table
 
 
-def _save(path: Path, table: dict[str, Tensor]) -> None:
-    with input_errors():  # reference.cache_dir may be no folder, or a full one
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, save(table))
+def _joined(parts: list[tuple[Tensor, Table]], count: int) -> Table:
+    table = {name: torch.full((count,), torch.nan) for name in parts[0][1]}
+    for rows, part in parts:
+        for name, column in part.items():
+            table[name][rows] = column
+    return table
+
+
+def _from_first(action: Callable[[], Any]) -> Any:
+    """What the action gives on the first process, on all of them."""
+    result = [on_first(action)]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+def _shared(table: Table | None, device: torch.device) -> Table | None:
+    """The first process's table on all processes, which all see to it that they hold the same: another one's look at a
+    shared folder may be older, and its disk another."""
+    names, count, digest = _from_first(
+        lambda: ([], 0, "") if table is None else (list(table), len(next(iter(table.values()))), digest_of(table))
+    )
+    if not names:
+        return None
+    columns = torch.stack([table[name] for name in names]) if table is not None else torch.empty(len(names), count)
+    columns = columns.to(device)
+    dist.broadcast(columns, 0)
+    received = dict(zip(names, columns.cpu(), strict=True))
+    wrong = [rank for rank, found in enumerate(gather(digest_of(received))) if found != digest]
+    if wrong:
+        raise RuntimeError(f"the reference's log-probabilities did not arrive whole at the processes of rank {wrong}")
+    return received

@@ -91,12 +91,6 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tiny, interrupted):
     assert steps == [0, 1, 2, 3, 4, 4]
 
 
-def test_a_reference_cache_that_cannot_be_made_is_named(tiny, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file"):
-        start(tiny, tmp_path / "run", reference={"cache_dir": str(tmp_path / "file")})
-
-
 def test_a_step_of_more_samples_than_there_are_says_so(tiny, tmp_path, caplog):
     start(tiny, tmp_path / "run", batch={"effective_batch": 500, "microbatch": 500}, max_steps=1)
     assert "a step takes 500 samples" in caplog.text
