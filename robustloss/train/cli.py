@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,17 +38,37 @@ A run.yaml that is complete:
   output_dir: runs/first
 
 The same command goes on where a killed run stopped. At the end output_dir holds model/ and report.html.
+SIGTERM ends a run after its step, with a checkpoint.
+
+Exit codes: 0 finished, or stopped by SIGTERM; 2 a mistake in the settings or the data, or training that diverged;
+3 another process was lost; 130 interrupted from the keyboard; 1 anything else, such as a full disk.
 """
+
+# What a machine has run out of or does not let a run do; any other OSError is a bug, and keeps its traceback.
+MACHINE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 2 for a mistake in the input, told in one line."""
+    """Run the command line and return its exit code (see `robustloss train --help`); an error is told in one line."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="robustloss: %(message)s", level=logging.WARNING)
     logging.getLogger("robustloss").setLevel(logging.INFO if _speaks() else logging.ERROR)
     # The loop, torch and transformers take seconds to import; --help should not wait for them.
     try:
         from robustloss.train.config import InputError, load_config
+        from robustloss.train.distributed import LostProcessError, telling_lost_processes
+        from robustloss.train.guard import TooManySkippedSteps
         from robustloss.train.loop import run
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("robustloss"):
@@ -53,16 +76,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f'training needs {error.name}, which is not installed: pip install "robustloss[train]"')
 
     try:
-        if arguments.config is None and not _names_own_inputs(arguments.overrides):
-            config = _demo(arguments.overrides)
-        else:
-            config = load_config(arguments.config, arguments.overrides)
-        run(config)
-    except InputError as error:
+        with telling_lost_processes(), _telling_full_disks():
+            if arguments.config is None and not _names_own_inputs(arguments.overrides):
+                config = _demo(arguments.overrides)
+            else:
+                config = load_config(arguments.config, arguments.overrides)
+            run(config)
+    except (InputError, TooManySkippedSteps) as error:
         # Every process finds the same mistake; one of each host tells it.
         return _fail(str(error)) if _speaks() else 2
     except FloatingPointError as error:
         return _fail(str(error))  # it may be one process's alone
+    except LostProcessError as error:
+        return _fail(str(error), code=3)
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
+        return _fail(f"{error}; the same command goes on from the last checkpoint", code=1)
     except KeyboardInterrupt:
         print("robustloss: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -71,11 +101,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fail(message: str) -> int:
+@contextmanager
+def _telling_full_disks() -> Iterator[None]:
+    """The libraries that write weights tell of a full disk by errors of their own: make them OSErrors."""
+    try:
+        yield
+    except Exception as error:
+        message = str(error)
+        if "PytorchStreamWriter failed" in message or "unexpected pos" in message:  # torch.save
+            raise OSError(errno.ENOSPC, "a checkpoint could not be written (is the disk full?)") from error
+        number = re.search(r"\(os error (\d+)\)", message)
+        if type(error).__name__ == "SafetensorError" and number:
+            raise OSError(int(number[1]), "the model could not be written: " + os.strerror(int(number[1]))) from error
+        raise
+
+
+def _fail(message: str, code: int = 2) -> int:
     rank = os.environ.get("RANK", "0")
     where = f"[process {rank}] " if rank != "0" else ""
     print(f"robustloss: error: {where}{' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _leave_process_group() -> None:

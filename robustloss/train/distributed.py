@@ -10,6 +10,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,27 @@ import torch.distributed as dist
 # Before there is a process group: its functions take the group they find for a default argument, and never let it go.
 import torch.distributed.nn
 
+from robustloss.train.config import InputError
+from robustloss.validation import check_number
+
 _set_here: dict[str, str] = {}  # environment variables
+
+# What gloo, NCCL and the store where processes meet say of one that does not answer.
+_SIGNS_OF_LOSS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "connection was likely closed",
+    "broken pipe",
+    "timed out",
+    "timeout",
+    "remote process exit",
+    "communicator was aborted",
+)
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run has ended, or has not answered for as long as `timeout()`."""
 
 
 def prepare_libraries() -> None:
@@ -50,8 +71,44 @@ def start() -> tuple[torch.device, bool]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     started = not dist.is_initialized()
-    deepspeed.init_distributed(accelerator.communication_backend_name() if device.type != "cpu" else "gloo")
+    backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
+    with telling_lost_processes():
+        deepspeed.init_distributed(backend, timeout=timeout())
     return device, started
+
+
+def timeout() -> timedelta:
+    """How long a process waits for the others: ROBUSTLOSS_TIMEOUT, in seconds; 10 minutes where that is not set.
+
+    The longest wait is that for the first process while it writes the model at the end. A process that is killed is
+    noticed at once by gloo, whatever the timeout; NCCL may take all of it, and where its watchdog is first, that ends
+    the process with a traceback of its own (SIGABRT).
+    """
+    given = os.environ.get("ROBUSTLOSS_TIMEOUT", "600")
+    try:
+        return timedelta(seconds=check_number("ROBUSTLOSS_TIMEOUT", float(given), above=0))
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"ROBUSTLOSS_TIMEOUT must be a number of seconds > 0, got {given!r}") from error
+
+
+@contextmanager
+def telling_lost_processes() -> Iterator[None]:
+    """Turn the errors of a collective whose other side is gone into a LostProcessError of one line."""
+    try:
+        yield
+    except LostProcessError:
+        raise
+    except RuntimeError as error:
+        message = str(error).lower()
+        # torch's own errors have a class; gloo's come as they are.
+        of_a_collective = isinstance(error, dist.DistError) or "gloo" in message or "pair closure" in message
+        sign = next((sign for sign in _SIGNS_OF_LOSS if sign in message), None)
+        if not of_a_collective or sign is None:
+            raise
+        raise LostProcessError(
+            f"a process was lost (rank unknown: {sign}); see what it said last; the same command goes on from the last "
+            "checkpoint"
+        ) from error
 
 
 def quiet_stdout() -> AbstractContextManager[Any]:
