@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from robustloss._version import __version__
-from robustloss.losses import PreferenceLoss, StatefulLoss
+from robustloss.losses import PreferenceLoss
 from robustloss.train import distributed
 from robustloss.train.checkpoint import check_same_run, load_checkpoint, open_run, prepare_folder, save_checkpoint
 from robustloss.train.config import InputError, RunConfig, build_loss, input_errors
@@ -85,8 +85,6 @@ def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Pat
     save_every = max(1, total_steps // 10) if config.save_every is None else config.save_every
     distributed.on_first(partial(open_run, config, _environment(device, world)))
 
-    if isinstance(loss, StatefulLoss) and world > 1:
-        loss.process_group = dist.group.WORLD  # one state, which one process can save for all
     distributed.seed_everything(config.seed)
     engine = build_engine(config, loss, total_steps)
     with input_errors():
