@@ -18,6 +18,7 @@ from robustloss.functional import (
     sorted_transport,
     token_logps,
 )
+from robustloss.global_batch import GlobalBatch
 from robustloss.losses import (
     LOSSES,
     AOTPairedLoss,
@@ -50,6 +51,7 @@ __all__ = [
     "ChiSquare",
     "DPOLoss",
     "DrDPOLoss",
+    "GlobalBatch",
     "GroupDROLoss",
     "KLDPOLoss",
     "KLTilt",

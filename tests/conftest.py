@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+# pytest's importlib mode imports no module that lies beside a test: global_batch_cases and its worker.
+sys.path.append(str(Path(__file__).parent))
 
 # True for ROCm as well. Read once by triton.jit, so it must be settled before a kernel module is imported.
 HAS_GPU = torch.cuda.is_available()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from robustloss.losses.base import LossOutput, PairedLoss
-from robustloss.losses.stateful import StatefulLoss, gather_over, with_local_gradient
+from robustloss.losses.stateful import StatefulLoss
 from robustloss.naive.kl_tilt import normalized_weights
 from robustloss.validation import check_choice, check_number
 
@@ -38,7 +37,6 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
         seed: of the draws. They depend on it and on the number of training batches so far, which is part of the state:
             a resumed run draws as if it had never stopped. (On a GPU, reading that number waits for the device.)
         reduction: "mean"; "none" is refused, as the loss couples the batch.
-        process_group: the processes whose microbatches are one batch (see `StatefulLoss`); None: this one alone.
 
     State: margin_mean (M_0), margin_std (sigma), float64 []; batches, int64 [].
 
@@ -60,7 +58,6 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
         filtering: str = "sample",
         seed: int = 0,
         reduction: str = "mean",
-        process_group: dist.ProcessGroup | None = None,
     ):
         super().__init__(beta, "logistic", 0.0, reduction)
         self._refuse_reduction_none("beta and the choice of pairs follow the whole batch")
@@ -71,7 +68,6 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
             raise ValueError(f"seed must be an integer in [0, 2**31), got {seed!r}")
         self.seed = seed
-        self.process_group = process_group
         self.register_buffer("margin_mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("margin_std", torch.zeros((), dtype=torch.float64))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
@@ -100,14 +96,11 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
             policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, weights
         )
         pc, pr, rc, rr = logps
-        local = (pc - rc) - (pr - rr)
-        group = self._group()
-        margins, own = gather_over(group, local.detach().double())
-        if not len(margins):
-            return (local.sum(), self._metrics(*logps)) if return_metrics else local.sum()
-        if weights is not None:
-            weights, _ = gather_over(group, weights.double())
-        nominal = normalized_weights(margins, weights)
+        own = (pc - rc) - (pr - rr)  # with the gradient, in the log-probabilities' dtype
+        if not len(own):
+            return (own.sum(), self._metrics(*logps)) if return_metrics else own.sum()
+        margins = own.detach().double()
+        nominal = normalized_weights(margins, None if weights is None else weights.double())
         chosen = nominal
         if self.training:
             self._update(margins, nominal)
@@ -116,9 +109,7 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
             chosen = chosen / chosen.sum()
         drift = (chosen * margins).sum() - self.margin_mean
         beta = (self.beta * (1 + self.alpha * drift)).clamp(min=SMALLEST_BETA)
-        share = -(chosen[own].to(local.dtype) * torch.nn.functional.logsigmoid(beta.to(local.dtype) * local)).sum()
-        whole = -(chosen * torch.nn.functional.logsigmoid(beta * margins)).sum()
-        value = with_local_gradient(whole.to(local.dtype), share, group)
+        value = -(chosen.to(own.dtype) * torch.nn.functional.logsigmoid(beta.to(own.dtype) * own)).sum()
         if not return_metrics:
             return value
         state = {
@@ -127,9 +118,7 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
             "beta_dpo/margin_std": self.margin_std,
             "beta_dpo/kept": (chosen > 0).double().sum() / (nominal > 0).double().sum(),
         }
-        return value, self._metrics(*logps) | {
-            name: number.to(local.dtype, copy=True) for name, number in state.items()
-        }
+        return value, self._metrics(*logps) | {name: number.to(own.dtype, copy=True) for name, number in state.items()}
 
     @torch.no_grad()
     def _update(self, margins: Tensor, nominal: Tensor) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from robustloss.losses.base import LossOutput
 from robustloss.losses.dpo import DPOLoss
-from robustloss.losses.stateful import StatefulLoss, sum_over, with_local_gradient
+from robustloss.losses.stateful import StatefulLoss
 from robustloss.validation import INTEGER_DTYPES, check_number, check_same_device, check_shape, check_tensor
 
 
@@ -34,7 +33,6 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
         group_sizes: [groups] N_g, how many pairs of the data each group has, > 0.
         link, label_smoothing: as `DPOLoss`.
         reduction: "mean"; "none" is refused, as the loss couples the batch.
-        process_group: the processes whose microbatches are one batch (see `StatefulLoss`); None: this one alone.
 
     State: log_weights, the groups' log weights, float64 [groups]; `group_weights` are the weights.
 
@@ -55,7 +53,6 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
         link: str = "logistic",
         label_smoothing: float = 0.0,
         reduction: str = "mean",
-        process_group: dist.ProcessGroup | None = None,
     ):
         super().__init__(beta, label_smoothing, link, reduction=reduction)
         self._refuse_reduction_none("a pair weighs what its group weighs, and that follows the whole batch")
@@ -63,7 +60,6 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
             raise ValueError(f"groups must be an integer >= 1 (how many groups there are), got {groups!r}")
         self.groups = groups
         self.step_size = check_number("step_size", step_size, at_least=0)
-        self.process_group = process_group
         self.coupled = True
         self.register_buffer("log_weights", torch.full((groups,), 1 / groups, dtype=torch.float64).log())
         shares = None
@@ -108,12 +104,9 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
         groups = self._check_groups(groups, logps[0])
         losses = self.losses(*logps)
         weights = torch.ones_like(losses) if weights is None else weights
-        group = self._group()
         # A product with the indicators, not a scatter: the same sums in the same order on every device.
         indicator = (groups == torch.arange(self.groups, device=groups.device)[:, None]).double()  # [G, B]
-        sums, counts = sum_over(
-            group, torch.stack([indicator @ (weights * losses.detach()).double(), indicator @ weights.double()])
-        )
+        sums, counts = indicator @ (weights * losses.detach()).double(), indicator @ weights.double()
         present = counts > 0
         if self.shares is None:
             scale = torch.where(present, 1 / counts, 0.0)
@@ -123,8 +116,7 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
         if self.training:
             self._update(group_losses, present)
         coefficients = self.group_weights * scale
-        share = ((coefficients[groups] * weights).to(losses.dtype) * losses).sum()
-        value = with_local_gradient((self.group_weights * group_losses).sum().to(losses.dtype), share, group)
+        value = ((coefficients[groups] * weights).to(losses.dtype) * losses).sum()
         if not return_metrics:
             return value
         told = torch.where(present, group_losses, torch.nan).to(losses.dtype)

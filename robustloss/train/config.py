@@ -184,8 +184,8 @@ def build_loss(options: dict[str, Any]) -> PreferenceLoss:
         raise InputError(f"config key 'loss.name' is missing: give one of {', '.join(LOSSES)}")
     if not isinstance(name, str) or name not in LOSSES:
         raise InputError(f"loss.name {name!r} is unknown{_nearest(str(name), LOSSES)}")
-    # A run trains one number and has its own processes; YAML cannot name an aggregate other than the loss's own.
-    fixed = ("reduction", "aggregate", "process_group")
+    # A run trains one number, and YAML cannot name an aggregate other than the loss's own.
+    fixed = ("reduction", "aggregate")
     accepted = [key for key in inspect.signature(LOSSES[name]).parameters if key not in fixed]
     for key in options:
         if key not in accepted:

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from stateful_worker import SIDES, train
 
 from robustloss import BetaDPOLoss, DPOLoss
 
@@ -218,29 +217,6 @@ def test_a_cast_of_the_model_around_it_keeps_the_digits_of_the_averages():
     before = copy.deepcopy(loss.state_dict())
     torch.nn.ModuleList([loss]).bfloat16().half()
     assert loss.state_dict() == before
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("filtering", ["sample", "nearest"])
-def test_two_processes_are_one_batch(two_processes, filtering):
-    """Ragged shares and weights: the same state, beta and value, and gradients whose mean is the whole batch's."""
-    batches = []
-    for seed, own in enumerate((5, 3, 9)):
-        logps = dict(zip(SIDES, sample(seed), strict=True))
-        rank = (torch.arange(10) >= own).long()  # ranks hold their pairs in the order of the whole batch
-        batches.append({**logps, "weights": WEIGHTS.roll(3 * seed), "rank": rank})
-    options = {"beta": 0.3, "alpha": 0.2, "filter_ratio": 0.3, "filtering": filtering}
-    got = two_processes("BetaDPOLoss", options, batches)
-    whole = [{key: value for key, value in batch.items() if key != "rank"} for batch in batches]
-    expected = train(BetaDPOLoss(**options), whole)
-    for process in got:
-        torch.testing.assert_close(process["values"], expected["values"], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(process["state"], expected["state"], rtol=1e-12, atol=1e-12)
-    for step, batch in enumerate(batches):
-        together = torch.empty_like(expected["gradients"][step])
-        for rank in range(2):
-            together[:, batch["rank"] == rank] = got[rank]["gradients"][step] / 2
-        torch.testing.assert_close(together, expected["gradients"][step], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(

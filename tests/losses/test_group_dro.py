@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from stateful_worker import SIDES, train
 
 from robustloss import DPOLoss, GroupDROLoss
 
@@ -185,40 +184,6 @@ def test_a_cast_of_the_model_around_it_keeps_the_digits_of_the_weights():
     assert model["model"].weight.dtype == torch.bfloat16
     assert torch.equal(loss.log_weights, before)
     assert loss.log_weights.dtype == torch.float64
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("sizes", [None, [10, 30, 60]], ids=["means", "importance"])
-def test_two_processes_are_one_batch(two_processes, sizes):
-    """Ragged shares, groups that one process lacks, weights: one state and value, and gradients whose mean is right."""
-    batches = []
-    for seed, (B, groups, rank) in enumerate(
-        [
-            (6, GROUPS, torch.tensor([0, 1, 0, 1, 0, 1])),
-            (5, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 0, 1, 1, 1])),
-            (4, torch.tensor([2, 2, 2, 2]), torch.tensor([1, 0, 0, 0])),
-        ]
-    ):
-        weights = torch.rand(B, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        logps = dict(zip(SIDES, sample(seed, B), strict=True))
-        batches.append({**logps, "groups": groups, "weights": weights, "rank": rank})
-    options = {"beta": 0.3, "groups": 3, "step_size": 0.5, "group_sizes": sizes}
-    got = two_processes("GroupDROLoss", options, batches)
-    whole = [{key: value for key, value in batch.items() if key != "rank"} for batch in batches]
-    expected = train(GroupDROLoss(**options), whole)
-    for process in got:
-        torch.testing.assert_close(process["values"], expected["values"], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(process["state"], expected["state"], rtol=1e-12, atol=1e-12)
-    for step, batch in enumerate(batches):
-        together = torch.empty_like(expected["gradients"][step])
-        for rank in range(2):
-            together[:, batch["rank"] == rank] = got[rank]["gradients"][step] / 2
-        torch.testing.assert_close(together, expected["gradients"][step], rtol=1e-12, atol=1e-14)
-        for name in ("group_dro/weight_0", "group_dro/loss_2"):
-            for process in got:
-                torch.testing.assert_close(
-                    process["metrics"][step][name], expected["metrics"][step][name], equal_nan=True
-                )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,291 @@
+r"""One global batch, exactly: a loss of all processes' and all accumulation steps' samples.
+
+Tilts and sorts look at the whole batch, so their value on one microbatch of one process is another, worse loss. Here
+the log-probabilities (a few numbers a sample) are gathered, the loss is computed once on all of them, the same in every
+process, and every process sends its own part of the gradient through its own model:
+
+                 process 0                         process 1
+    microbatch 0     microbatch 1     microbatch 0     microbatch 1
+       l0 l1              l2              l3 l4           (none)     1. log-probabilities; the last keeps its graph
+         \                |                /                |
+          +---------------+---- gather ---+-----------------+        2. once a step
+                               |
+                        l0 l1 l2 l3 l4  -->  L                       3. the same in every process, once
+                               |
+                        c0 c1 c2 c3 c4,  c_i = dL / dl_i
+                               |
+          +---------------+---------------+-----------------+        4. the own slice x processes x divisor
+         /                |                \                |
+       c0 c1              c2              c3 c4           (none)
+         |                |                |                |
+      backward         backward         backward         backward    5. of sum_i c_i l_i: one microbatch's graph a time
+             \         /                       \         /
+         accumulated / divisor             accumulated / divisor
+                        \                   /
+                     mean over the processes                         6. = sum_i dL/dl_i dl_i/dtheta = dL/dtheta
+
+The data-parallel mean (of DistributedDataParallel, FSDP, DeepSpeed or an all-reduce of one's own) divides by the number
+of processes, and some frameworks by the accumulation steps (`divisor`): step 4 multiplies by what they divide by.
+Only the first K - 1 of K microbatches are run twice, which costs (K - 1) / K of a forward pass. A loss that is a mean,
+of samples whose number is known beforehand, needs no first pass at all.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from robustloss._gather import Gathered, Processes, gather
+from robustloss.losses.base import LossOutput, PreferenceLoss
+from robustloss.validation import check_number
+
+LogpsFunction = Callable[[Any], Mapping[str, Tensor | None]]
+BackwardFunction = Callable[[Tensor], object]
+SurrogateFunction = Callable[[Any, dict[str, Tensor]], Tensor]
+
+
+class NonFiniteError(FloatingPointError):
+    """NaN or infinity in what the loss is given, raised in every process alike.
+
+    Attributes:
+        positions: list of (process, microbatch, row), each counted from 0.
+    """
+
+    def __init__(self, message: str, positions: Sequence[tuple[int, int, int]] = ()):
+        super().__init__(message)
+        self.positions = list(positions)
+
+
+class GlobalBatch(nn.Module):
+    """A loss of the samples of all processes (`forward`), and of all accumulation steps (`step`).
+
+    The gradients are such that their usual data-parallel mean is the gradient of one giant batch in one process.
+
+    Args:
+        loss: a module of `robustloss.losses`. In evaluation mode (`eval()`) its state, if it has one, stays as it is.
+        group: the processes; None is torch.distributed's default group where one is initialised at the call, else this
+            process alone.
+
+    Raises:
+        TypeError: what is no PreferenceLoss.
+        ValueError: reduction="none", or a loss that differentiates embeddings.
+    """
+
+    def __init__(self, loss: PreferenceLoss, group: dist.ProcessGroup | None = None):
+        super().__init__()
+        if not isinstance(loss, PreferenceLoss):
+            raise TypeError(f"loss must be a PreferenceLoss such as KLDPOLoss(tau=0.1), got {type(loss).__name__}")
+        if loss.needs_embeddings:
+            raise ValueError(
+                f"{type(loss).__name__} differentiates embeddings, which are not gathered; train it with "
+                "robustloss.penalty.directional_step, which is exact on all processes and microbatches"
+            )
+        if loss.reduction == "none":
+            raise ValueError("loss has reduction='none', and a global batch has one value; use reduction='mean'")
+        self.loss = loss
+        self.group = group
+        self._signature = inspect.signature(loss.forward)
+        self._names = [name for name in self._signature.parameters if name != "return_metrics"]
+
+    def forward(self, *vectors: Tensor, return_metrics: bool = False, **options: Tensor | None) -> LossOutput:
+        """The loss of all processes' samples, the same value in each; all must call it together.
+
+        With several processes there is no second derivative. With one, this is the loss itself.
+
+        Args:
+            vectors, options: the arguments of the loss, this process's samples: any number of them, or none. The same
+                arguments, of the same dtypes, in every process.
+            return_metrics: also return the metrics, which are those of all samples.
+
+        Raises:
+            TypeError, ValueError: in every process: arguments that differ between processes, or that the loss refuses.
+        """
+        processes = self._processes()
+        if processes.count == 1:
+            return self.loss(*vectors, return_metrics=return_metrics, **options)
+        own = _present(self._signature.bind(*vectors, **options).arguments)
+        gathered = gather(processes, self._names, [own])
+        arguments = dict(gathered.whole)
+        for name in filter(_is_policy, own):
+            arguments[name] = _GradientOfOwn.apply(own[name], arguments[name], gathered.own(name), processes.count)
+        return self.loss(**arguments, return_metrics=return_metrics)
+
+    def step(
+        self,
+        microbatches: Sequence[Any],
+        logps_fn: LogpsFunction,
+        backward_fn: BackwardFunction,
+        *,
+        surrogate_fn: SurrogateFunction | None = None,
+        masses: Sequence[float] | None = None,
+        divisor: float = 1.0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Accumulate the gradient of one optimizer step; all processes must call it together.
+
+        Random numbers of PyTorch's generators (the CPU's, and the CUDA devices') are the same in both passes of a
+        microbatch, and afterwards stand where one pass would have left them. Buffers that count forward passes (batch
+        normalisation) see the first K - 1 microbatches twice.
+
+        Args:
+            microbatches: K of whatever `logps_fn` takes. K is the same in every process, their sizes are free.
+            logps_fn: microbatch -> {argument of the loss's forward by name: [B] tensor}. Names that begin with
+                "policy_" carry the gradient, all others are constants. The same names in every process.
+            backward_fn: called with a scalar exactly once a microbatch, such as `torch.Tensor.backward` or DeepSpeed's
+                `engine.backward`.
+            surrogate_fn: (microbatch, {"policy_...": [B] cotangents c}) -> the scalar sum_i c_i logp_i, for the second
+                passes, where the cotangents are known beforehand (`linear_sequence_logps_with_cotangent`). It must draw
+                its random numbers in the order in which `logps_fn` does. By default `logps_fn` makes the sum.
+            masses: [K] the number of samples (with weights, their sum) of each own microbatch, in all processes or in
+                none. With them a loss that is a mean (not `coupled`, nor with a shared reference point) needs one pass.
+            divisor: what the framework divides by besides the mean over processes: the gradient accumulation steps, in
+                `engine.backward` and Accelerate.
+
+        Returns:
+            (value, metrics): of all samples, detached, the same in every process.
+
+        Raises:
+            NonFiniteError: in every process; before any backward, or after them all where one pass is enough.
+            TypeError, ValueError: in every process: arguments that do not fit together or differ between processes,
+                numbers of microbatches that differ, or that the loss refuses. An error within `logps_fn` ends its own
+                process only, and it is the launcher that ends the others.
+            RuntimeError: gradients are disabled.
+        """
+        check_number("divisor", divisor, above=0)
+        if not torch.is_grad_enabled():
+            raise RuntimeError("step trains, and gradients are disabled here; forward gives the value without them")
+        processes, microbatches = self._processes(), list(microbatches)
+        scale = processes.count * divisor
+        if masses is not None and not (self.loss.coupled or self.loss.needs_mismatched):
+            return self._one_pass(processes, microbatches, logps_fn, backward_fn, masses, scale)
+        if surrogate_fn is None:
+            surrogate_fn = partial(_surrogate, logps_fn)
+        return self._two_passes(processes, microbatches, logps_fn, backward_fn, surrogate_fn, scale)
+
+    def _two_passes(
+        self,
+        processes: Processes,
+        microbatches: list[Any],
+        logps_fn: LogpsFunction,
+        backward_fn: BackwardFunction,
+        surrogate_fn: SurrogateFunction,
+        scale: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logps, random_states = [], []
+        for index, microbatch in enumerate(microbatches, start=1):
+            last = index == len(microbatches)
+            if last:
+                torch.clear_autocast_cache()  # older torch keeps weights cast without a graph
+            random_states.append(_random_state())
+            with torch.set_grad_enabled(last):
+                logps.append(_present(logps_fn(microbatch)))
+        after = _random_state()
+
+        gathered = gather(processes, self._names, logps)
+        _check_finite(gathered)
+        policy = {name: whole.requires_grad_() for name, whole in gathered.whole.items() if _is_policy(name)}
+        value, metrics = self.loss(**gathered.whole, return_metrics=True)
+        gradients = torch.autograd.grad(scale * value, list(policy.values()), materialize_grads=True)
+        cotangents = gathered.by_own_microbatch(dict(zip(policy, gradients, strict=True)))
+
+        backward_fn(_weighted_sum(logps.pop(), cotangents.pop()))
+        try:
+            for microbatch, state, cotangent in zip(microbatches, random_states, cotangents, strict=False):
+                _restore_random_state(state)
+                backward_fn(surrogate_fn(microbatch, cotangent))
+        finally:
+            _restore_random_state(after)
+        return value.detach(), metrics
+
+    def _one_pass(
+        self,
+        processes: Processes,
+        microbatches: list[Any],
+        logps_fn: LogpsFunction,
+        backward_fn: BackwardFunction,
+        masses: Sequence[float],
+        scale: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        problem = None
+        if len(masses) != len(microbatches) or not all(0 <= mass < math.inf for mass in masses):
+            problem = ValueError(f"masses must be {len(microbatches)} numbers >= 0, one a microbatch, got {masses}")
+        rows = processes.agree(len(microbatches), [0.0 if problem else float(sum(masses))], problem)
+        total, logps = sum(row[0] for row in rows), []
+        for microbatch, mass in zip(microbatches, masses, strict=True):
+            own = {n: v if _is_policy(n) else v.detach() for n, v in _present(logps_fn(microbatch)).items()}
+            # The loss refuses NaN on the CPU, while other processes may be waiting in the backward.
+            refused = any(value.device.type == "cpu" and not value.isfinite().all() for value in own.values())
+            if mass and not refused:
+                backward_fn((scale * mass / total) * self.loss(**own))
+            else:
+                backward_fn(_weighted_sum(own, {n: torch.zeros_like(v) for n, v in own.items() if _is_policy(n)}))
+            logps.append({name: value.detach() for name, value in own.items()})
+
+        gathered = gather(processes, self._names, logps)
+        _check_finite(gathered)
+        with torch.no_grad():
+            value, metrics = self.loss(**gathered.whole, return_metrics=True)
+        weights = gathered.whole.get("weights")
+        actual = float(weights.sum()) if weights is not None else sum(gathered.lengths[self._names[0]])
+        if not math.isclose(actual, total, rel_tol=1e-4):
+            raise ValueError(f"masses add up to {total:g}, but the samples to {actual:g}, so this gradient is wrong")
+        return value, metrics
+
+    def _processes(self) -> Processes:
+        if self.group is None and not (dist.is_available() and dist.is_initialized()):
+            return Processes(None, 0, 1)
+        return Processes(self.group, dist.get_rank(self.group), dist.get_world_size(self.group))
+
+
+class _GradientOfOwn(torch.autograd.Function):
+    """The whole vector; its gradient is the own slice's, times the number of processes."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, whole: Tensor, where: slice, count: int) -> Tensor:
+        ctx.where, ctx.count = where, count
+        return whole.view_as(whole)
+
+    @staticmethod
+    @once_differentiable  # a second derivative would have to be gathered again
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.count * grad[ctx.where], None, None, None
+
+
+def _is_policy(name: str) -> bool:
+    return name.startswith("policy_")
+
+
+def _present(arguments: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _check_finite(gathered: Gathered) -> None:
+    names, positions = gathered.non_finite()
+    if positions:
+        told = ", ".join(map(str, positions[:8])) + (", ..." if len(positions) > 8 else "")
+        message = f"{' and '.join(names)} not finite at (process, microbatch, row) {told}"
+        raise NonFiniteError(f"{message}; lower the learning rate, or look at these samples", positions)
+
+
+def _surrogate(logps_fn: LogpsFunction, microbatch: Any, cotangents: dict[str, Tensor]) -> Tensor:
+    return _weighted_sum(_present(logps_fn(microbatch)), cotangents)
+
+
+def _weighted_sum(logps: dict[str, Tensor], cotangents: dict[str, Tensor]) -> Tensor:
+    return torch.stack([(cotangent * logps[name]).sum() for name, cotangent in cotangents.items()]).sum()
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _restore_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1])
