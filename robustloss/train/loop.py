@@ -21,12 +21,13 @@ from torch import Tensor
 from robustloss._version import __version__
 from robustloss.losses import PreferenceLoss, StatefulLoss
 from robustloss.train import distributed
-from robustloss.train.checkpoint import check_same_run, load_checkpoint, open_run, prepare_folder, save_checkpoint
+from robustloss.train.checkpoint import load_checkpoint, save_checkpoint, save_model
 from robustloss.train.config import InputError, RunConfig, build_loss, input_errors
 from robustloss.train.data import fingerprint
 from robustloss.train.evaluation import evaluate
 from robustloss.train.inputs import BatchOrder, Inputs, load_inputs
 from robustloss.train.metrics import MetricsWriter, gradient_norm, peak_memory_bytes
+from robustloss.train.output_dir import check_same_run, open_run, prepare_folder
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def run(config: RunConfig) -> Path:
 
 def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Path, device: torch.device) -> None:
     # Imported here: they take seconds, and a mistake in the config should be told at once.
-    from robustloss.train.engine import build_engine, save_model
+    from robustloss.train.engine import build_engine
     from robustloss.train.loss_module import check_head
     from robustloss.train.references import build_references
 
@@ -94,7 +95,8 @@ def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Pat
     reference = build_references(config, engine, inputs, device)
     distributed.seed_everything(config.seed + rank)
     data_state = {split: fingerprint(examples) for split, examples in inputs.examples.items()}
-    state = load_checkpoint(engine, run_dir / "checkpoints") or {"step": 0, "seconds": 0.0, "metrics_offset": 0}
+    state = load_checkpoint(engine, run_dir / "checkpoints", config.seed)
+    state = state or {"step": 0, "seconds": 0.0, "metrics_offset": 0}
     if state.get("data", data_state) != data_state:
         raise InputError(
             f"output_dir {str(run_dir)!r} holds a run on other data (data.train or data.eval has changed since); use "
