@@ -1,4 +1,4 @@
-"""Files that are whole or not there, through a kill and through a power cut: written beside, then renamed."""
+"""Files and folders that a kill or a power cut leaves whole or not at all: written beside, then renamed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import secrets
+import shutil
 from pathlib import Path
 
 
@@ -22,6 +23,36 @@ def replace_file(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Put `temporary` in the place of `folder`, where there may be one, which `recover_folder` brings back."""
+    for path in temporary.rglob("*"):
+        sync(path)
+    sync(temporary)
+    if folder.exists():  # a rename replaces no folder that holds something
+        remove_folder(previous_of(folder))
+        os.replace(folder, previous_of(folder))
+    os.replace(temporary, folder)
+    sync(folder.parent)
+    remove_folder(previous_of(folder))
+
+
+def recover_folder(folder: Path) -> None:
+    """Undo a `replace_folder` that was cut off between its two renames, and remove what one left behind."""
+    if previous_of(folder).exists() and not folder.exists():
+        os.replace(previous_of(folder), folder)
+    remove_folder(previous_of(folder))
+
+
+def previous_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and all that is in it; where there is none, that is well too."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def sync(path: Path) -> None:

@@ -127,6 +127,7 @@ class RunConfig:
 FREE_KEYS = (
     "output_dir",
     "resume",
+    "batch.microbatch",
     "log_every",
     "eval_every",
     "save_every",

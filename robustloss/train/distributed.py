@@ -147,8 +147,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_anew(seed: int, step: int) -> None:
+    """Seed a run that goes on from `step` with another number of processes, where no state is this process's own."""
+    # Not the sum of the three, which the steps and ranks of a neighbouring seed would share.
+    entropy = np.random.SeedSequence([seed, step, dist.get_rank(), dist.get_world_size()])
+    seed_everything(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+
+
 def random_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}  # noqa: NPY002
+    """The states of all generators, in tensors, numbers, strings and tuples of them: no class of its own to load."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": (name, torch.tensor(keys.tolist()), *rest)}
+    state["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -156,7 +166,8 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu())
@@ -181,6 +192,20 @@ def on_first(action: Callable[[], Any]) -> Any:
     dist.broadcast_object_list(error)
     if error[0] is not None:
         raise error[0]
+    return result
+
+
+def together(action: Callable[[], Any]) -> Any:
+    """Do something in every process: the own result in each; if it fails in any, all raise what the first of them
+    raised. For actions that leave no process waiting for one that has failed."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as raised:
+        error = raised
+    for raised in gather(error):
+        if raised is not None:
+            raise raised
     return result
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from robustloss._files import replace_folder
 from robustloss.losses import PreferenceLoss
 from robustloss.penalty import check_double_backward
 from robustloss.train.config import InputError, LoraConfig, ModelConfig, RunConfig, attention_of, input_errors
@@ -233,8 +233,7 @@ def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path) -> 
         vars(model.config).update(dropouts)
         model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    replace_folder(temporary, folder)
 
 
 @contextmanager

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 
-from robustloss.train.checkpoint import completed_checkpoints, prepare_folder
+from robustloss.train.checkpoint import completed_checkpoints
 from robustloss.train.config import InputError, load_config
 from robustloss.train.loop import run
+from robustloss.train.output_dir import prepare_folder
 
 pytestmark = pytest.mark.usefixtures("without_report")
 

@@ -1,0 +1,86 @@
+"""The files that DeepSpeed writes and reads: written until they are on the disk, and read without running anything.
+
+DeepSpeed reads its files by torch.load(weights_only=False), so that a checkpoint of a stranger could run what it likes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from robustloss.train.distributed import quiet_stdout
+
+# What DeepSpeed keeps beside tensors: records of numbers, which do nothing when they are made.
+RECORDS = (fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler)
+
+
+class _DurableFiles(TorchCheckpointEngine):
+    """Keeps the first error of writing: raised within DeepSpeed, it would leave the other processes at a barrier."""
+
+    error: OSError | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            with open(path, "wb") as file:  # not by its name: torch then says nothing of a full disk
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self.error = self.error or error
+
+
+def write(engine: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Write the engine's state and the run's into a folder that stands already. All processes call it.
+
+    Raises:
+        OSError: this process could not write its part; the others know nothing of it.
+    """
+    files = engine.checkpoint_engine = _DurableFiles()
+    # It would copy scripts beside the checkpoints, which nothing here needs, and raise where the disk is full.
+    engine._copy_recovery_script = lambda save_path: None
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={"run": state}, save_latest=False)
+    if files.error is not None:
+        raise files.error
+
+
+def read(engine: Any, folder: Path) -> dict[str, Any]:
+    """Load what `write` has written into the engine, and return the run's state. All processes call it."""
+    with quiet_stdout(), tensors_only():
+        return engine.load_checkpoint(str(folder.parent), tag=folder.name)[1]["run"]
+
+
+def check(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """Read the structure of every parts-th file, from `part` on, without the tensors.
+
+    Raises:
+        pickle.UnpicklingError: a file holds something other than tensors and numbers; nothing of it has been run.
+        RuntimeError, EOFError: a file that is cut short or overwritten.
+    """
+    with tensors_only():
+        for file in sorted(folder.rglob("*.pt"))[part::parts]:
+            torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Let torch.load, in whosever code it is called, build tensors, numbers, their containers and RECORDS only."""
+    refuses, allows = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (refuses, allows)}
+    os.environ[refuses] = "1"
+    try:
+        with torch.serialization.safe_globals(list(RECORDS)):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
