@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from robustloss.functional import linear_sequence_logps, sequence_logps
 from robustloss.losses import PreferenceLoss
+from robustloss.penalty import directional_loss
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ class LossModule(nn.Module):
         ref_chosen_logps, ref_rejected_logps | ref_logps(, ref_mismatched_logps): float32 [B], the reference's.
         index: int64 [B], the rows of the dataset, for error messages.
 
-    After a call `metrics` holds the loss's metrics and `logps` the policy's log-probabilities by name, detached.
+    After a call `metrics` holds the loss's metrics and `logps` the policy's log-probabilities by name, detached; and for
+    a loss that needs them `embeddings` [rows, T, H] the input embeddings, in the graph of what the call returned.
     """
 
     def __init__(self, model: nn.Module, loss: PreferenceLoss | None = None) -> None:
@@ -48,7 +51,8 @@ class LossModule(nn.Module):
         self.loss: Any = loss
         self.metrics: dict[str, Tensor] = {}
         self.logps: dict[str, Tensor] = {}
-        self._double_backward = loss is not None and loss.needs_embeddings
+        self._needs_embeddings = loss is not None and loss.needs_embeddings
+        self.embeddings: Tensor | None = None
 
         causal_lm = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
         text_config = causal_lm.config.get_text_config()
@@ -69,22 +73,31 @@ class LossModule(nn.Module):
 
                 deepspeed.zero.register_external_parameter(self, parameter)
 
-    def forward(self, batch: dict[str, Tensor], output: str = "loss") -> Tensor | dict[str, Tensor]:
+    def forward(
+        self, batch: dict[str, Tensor], output: str = "loss", *, embedding_offset: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """The loss (output="loss"), or log-probabilities by name: the policy's ("logps"), or those of the base model
         under the LoRA adapter ("base_logps").
+
+        Args:
+            embedding_offset: [rows, T, H], what is added to the input embeddings (in its own dtype, which is float32 or
+                float64), for log-probabilities only.
 
         Raises:
             FloatingPointError: log-probabilities that are not finite (on the CPU, where looking costs nothing).
         """
         if output != "loss":
             with self.model.disable_adapter() if output == "base_logps" else nullcontext():
-                return self._named_logps(batch)[0]
+                return self._named_logps(batch, embedding_offset)[0]
         assert self.loss is not None, "a LossModule without a loss gives log-probabilities only"
+        if self._needs_embeddings and not self.loss.differentiates_twice:
+            loss, self.metrics = directional_loss(self.loss, partial(self.arguments_at, batch))
+            return loss
         # An evaluation of WDPO needs the graph from the embeddings to the log-probabilities even where nothing trains.
-        with torch.set_grad_enabled(torch.is_grad_enabled() or self._double_backward):
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self._needs_embeddings):
             logps, embeddings = self._named_logps(batch)
         _check_finite(logps, batch["index"])
-        options = {"embeddings": embeddings} if self._double_backward else {}
+        options = {"embeddings": embeddings} if self._needs_embeddings else {}
         if self.loss.needs_groups:
             options["groups"] = batch["group"]
         if self.loss.paired:
@@ -106,28 +119,46 @@ class LossModule(nn.Module):
         self.logps = {name: value.detach() for name, value in logps.items()}
         return loss
 
-    def _named_logps(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    def arguments_at(
+        self, batch: dict[str, Tensor], embedding_offset: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """A paired loss's arguments by name at the batch's embeddings plus an offset, and the embeddings without it."""
+        logps, embeddings = self._named_logps(batch, embedding_offset)
+        if embedding_offset is None:
+            _check_finite(logps, batch["index"])
+            self.logps = {name: value.detach() for name, value in logps.items()}
+        arguments = {f"policy_{name}": value for name, value in logps.items()}
+        return arguments | {name: batch[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}, embeddings
+
+    def _named_logps(
+        self, batch: dict[str, Tensor], offset: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """The policy's log-probabilities by name, and the input embeddings where the loss differentiates by them."""
         named = {}
         if "mismatched_input_ids" in batch:
             with torch.no_grad():  # KTO's reference point is held fixed
                 mismatched = {key: batch[f"mismatched_{key}"] for key in ("input_ids", "attention_mask", "labels")}
                 named["mismatched_logps"] = self._sequence_logps(mismatched)[0]
-        logps, embeddings = self._sequence_logps(batch)
+        logps, embeddings = self._sequence_logps(batch, offset)
+        self.embeddings = embeddings
         if "desirable" in batch:
             return {"logps": logps, **named}, embeddings
         named["chosen_logps"], named["rejected_logps"] = logps.chunk(2)
         return named, embeddings
 
-    def _sequence_logps(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:  # [rows], [rows, T, H]
+    def _sequence_logps(
+        self, batch: dict[str, Tensor], offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:  # [rows], [rows, T, H]
         decoder, head, embed = self._parts
         inputs: dict[str, Tensor] = {"input_ids": batch["input_ids"]}
         embeddings = None
-        if self._double_backward and torch.is_grad_enabled():
+        if offset is not None or (self._needs_embeddings and torch.is_grad_enabled()):
             embeddings = embed(batch["input_ids"])
-            if not embeddings.requires_grad:  # a frozen embedding, under LoRA
+            if torch.is_grad_enabled() and not embeddings.requires_grad:  # a frozen embedding, under LoRA
                 embeddings.requires_grad_()
             inputs = {"inputs_embeds": embeddings}
+        if embeddings is not None and offset is not None:
+            inputs = {"inputs_embeds": (embeddings.to(offset.dtype) + offset).to(embeddings.dtype)}
         hidden = decoder(**inputs, attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
         linear = _as_linear(head, hidden)
         if linear is not None:
