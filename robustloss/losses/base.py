@@ -32,6 +32,8 @@ class PreferenceLoss(nn.Module):
     paired: bool  # whether forward takes (chosen, rejected) pairs or single completions with a label
     coupled: bool  # whether a sample's gradient depends on the other samples of the batch
     needs_embeddings = False  # whether forward differentiates by the input embeddings (`embeddings=`)
+    differentiates_twice = False  # whether it does so by double backward, which fused attention and ZeRO-3 lack
+    backwards_per_microbatch = 1  # how often a step of training calls backward for each microbatch
     needs_mismatched = False  # whether forward takes log-ratios of mismatched pairs (`kl_logratios=`)
     needs_groups = False  # whether forward takes the group of each pair (`groups=`)
 

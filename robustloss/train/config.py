@@ -44,7 +44,7 @@ def input_errors() -> Iterator[None]:
 @dataclass
 class ModelConfig:
     name_or_path: str = MISSING  # a Hugging Face name or a local folder
-    attn_implementation: str | None = None  # null: "sdpa", and "eager" for wdpo, which differentiates twice
+    attn_implementation: str | None = None  # null: "sdpa", and "eager" for exact wdpo, which differentiates twice
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     chat_template: str | None = None  # a Jinja template in place of the tokenizer's own
@@ -247,7 +247,7 @@ def check_config(config: RunConfig) -> None:
                 "batch.effective_batch is 1: there is nothing to match; use 8 or more"
             )
         _check_reference(config)
-        if loss.needs_embeddings:
+        if loss.differentiates_twice:
             _check_double_backward(config)
 
 
@@ -269,19 +269,19 @@ def _check_double_backward(config: RunConfig) -> None:
     attention = attention_of(config)
     if config.zero_stage == 3:
         raise ValueError(
-            "loss 'wdpo' differentiates the gradient, which ZeRO-3 cannot (it releases the parameters between the "
-            "two passes); use zero_stage 0, 1 or 2"
+            "loss 'wdpo' with penalty 'exact' differentiates the gradient, which ZeRO-3 cannot (it releases the "
+            "parameters between the two passes); use zero_stage 0, 1 or 2, or loss.penalty 'central'"
         )
     if attention != "eager":
         raise ValueError(
-            f"loss 'wdpo' differentiates the gradient, which model.attn_implementation {attention!r} does not "
-            "support; use 'eager'"
+            f"loss 'wdpo' with penalty 'exact' differentiates the gradient, which model.attn_implementation "
+            f"{attention!r} does not support; use 'eager', or loss.penalty 'central'"
         )
 
 
 def attention_of(config: RunConfig) -> str:
     """The attention that the model is loaded with: a loss that differentiates twice needs "eager"."""
-    fitting = "eager" if LOSSES[config.loss["name"]].needs_embeddings else "sdpa"
+    fitting = "eager" if build_loss(config.loss).differentiates_twice else "sdpa"
     return config.model.attn_implementation or fitting
 
 

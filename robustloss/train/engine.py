@@ -147,7 +147,7 @@ def build_engine(config: RunConfig, loss: PreferenceLoss, total_steps: int, back
         model = load_model(config)
     if config.model.gradient_checkpointing:
         _enable_checkpointing(model)
-    if loss.needs_embeddings:
+    if loss.differentiates_twice:
         with input_errors():
             check_double_backward(model, zero_stage=config.zero_stage)
     if config.lora is not None:

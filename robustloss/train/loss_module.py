@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from robustloss.functional import linear_sequence_logps, linear_sequence_logps_with_cotangent, sequence_logps
 from robustloss.losses import PreferenceLoss
+from robustloss.penalty import directional_loss
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ class LossModule(nn.Module):
         ref_chosen_logps, ref_rejected_logps | ref_logps(, ref_mismatched_logps): float32 [B], the reference's.
         index: int64 [B], the rows of the dataset, for error messages.
 
-    After a call `metrics` holds the loss's metrics and `logps` the policy's log-probabilities by name, detached.
+    After a call `metrics` holds the loss's metrics and `logps` the policy's log-probabilities by name, detached; and
+    `embeddings` [rows, T, H], of a loss that needs them, the input embeddings in the graph of what the call returned.
     """
 
     def __init__(self, model: nn.Module, loss: PreferenceLoss | None = None) -> None:
@@ -48,7 +51,8 @@ class LossModule(nn.Module):
         self.loss: Any = loss
         self.metrics: dict[str, Tensor] = {}
         self.logps: dict[str, Tensor] = {}
-        self._double_backward = loss is not None and loss.needs_embeddings
+        self._needs_embeddings = loss is not None and loss.needs_embeddings
+        self.embeddings: Tensor | None = None
 
         causal_lm = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
         text_config = causal_lm.config.get_text_config()
@@ -70,13 +74,20 @@ class LossModule(nn.Module):
                 deepspeed.zero.register_external_parameter(self, parameter)
 
     def forward(
-        self, batch: dict[str, Tensor], output: str = "loss", *, cotangents: dict[str, Tensor] | None = None
+        self,
+        batch: dict[str, Tensor],
+        output: str = "loss",
+        *,
+        cotangents: dict[str, Tensor] | None = None,
+        embedding_offset: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of this batch alone (output="loss"), or log-probabilities by name: the policy's ("logps"), or those
         of the base model under the LoRA adapter ("base_logps"); or sum c_i logp_i ("surrogate").
 
         Args:
             cotangents: of a surrogate, {name in logps: [B] c}; its output head takes one pass, as c is known.
+            embedding_offset: [rows, T, H], what is added to the input embeddings (in its own dtype, which is float32 or
+                float64), for log-probabilities only.
 
         Raises:
             FloatingPointError: log-probabilities that are not finite (of a loss, on the CPU, where looking is free).
@@ -86,21 +97,37 @@ class LossModule(nn.Module):
             return self._surrogate(batch, cotangents)
         if output != "loss":
             with self.model.disable_adapter() if output == "base_logps" else nullcontext():
-                return self._named_logps(batch)[0]
+                return self._named_logps(batch, embedding_offset)[0]
         assert self.loss is not None, "a LossModule without a loss gives log-probabilities only"
+        if self._needs_embeddings and not self.loss.differentiates_twice:
+            loss, self.metrics = directional_loss(self.loss, partial(self.arguments_at, batch))
+            return loss
         # An evaluation of WDPO needs the graph from the embeddings to the log-probabilities even where nothing trains.
-        with torch.set_grad_enabled(torch.is_grad_enabled() or self._double_backward):
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self._needs_embeddings):
             logps, embeddings = self._named_logps(batch)
         _check_finite(logps, batch["index"])
-        options = {"embeddings": embeddings} if self._double_backward else {}
+        options = {"embeddings": embeddings} if self._needs_embeddings else {}
         loss, metrics = self.loss(**loss_arguments(self.loss, logps, batch), return_metrics=True, **options)
         self.metrics = metrics
         self.logps = {name: value.detach() for name, value in logps.items()}
         return loss
 
-    def _named_logps(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    def arguments_at(
+        self, batch: dict[str, Tensor], embedding_offset: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """A paired loss's arguments by name at the batch's embeddings plus an offset, and the embeddings without it."""
+        logps, embeddings = self._named_logps(batch, embedding_offset)
+        if embedding_offset is None:
+            _check_finite(logps, batch["index"])
+            self.logps = {name: value.detach() for name, value in logps.items()}
+        return loss_arguments(self.loss, logps, batch), embeddings
+
+    def _named_logps(
+        self, batch: dict[str, Tensor], offset: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """The policy's log-probabilities by name, and the input embeddings where the loss differentiates by them."""
-        logps, embeddings = self._sequence_logps(batch)
+        logps, embeddings = self._sequence_logps(batch, offset)
+        self.embeddings = embeddings
         named = {"logps": logps}
         if "desirable" not in batch:
             named = dict(zip(("chosen_logps", "rejected_logps"), logps.chunk(2), strict=True))
@@ -112,19 +139,21 @@ class LossModule(nn.Module):
 
     def _surrogate(self, batch: dict[str, Tensor], cotangents: dict[str, Tensor]) -> Tensor:
         names = ("logps",) if "desirable" in batch else ("chosen_logps", "rejected_logps")
-        return self._sequence_logps(batch, torch.cat([cotangents[name] for name in names]))[0]
+        return self._sequence_logps(batch, cotangent=torch.cat([cotangents[name] for name in names]))[0]
 
     def _sequence_logps(
-        self, batch: dict[str, Tensor], cotangent: Tensor | None = None
+        self, batch: dict[str, Tensor], offset: Tensor | None = None, cotangent: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:  # [rows] (or, with a cotangent, their product []), [rows, T, H]
         decoder, head, embed = self._parts
         inputs: dict[str, Tensor] = {"input_ids": batch["input_ids"]}
         embeddings = None
-        if self._double_backward and torch.is_grad_enabled():
+        if offset is not None or (self._needs_embeddings and torch.is_grad_enabled()):
             embeddings = embed(batch["input_ids"])
-            if not embeddings.requires_grad:  # a frozen embedding, under LoRA
+            if torch.is_grad_enabled() and not embeddings.requires_grad:  # a frozen embedding, under LoRA
                 embeddings.requires_grad_()
             inputs = {"inputs_embeds": embeddings}
+        if embeddings is not None and offset is not None:
+            inputs = {"inputs_embeds": (embeddings.to(offset.dtype) + offset).to(embeddings.dtype)}
         hidden = decoder(**inputs, attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
         linear = _as_linear(head, hidden)
         if linear is not None:

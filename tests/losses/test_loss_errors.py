@@ -11,7 +11,7 @@ from robustloss import AOTPairedLoss, AOTUnpairedLoss, DPOLoss, KLDPOLoss, KLTil
 
 LOGPS = torch.tensor([-3.0, -2.0, -4.0])
 DESIRABLE = torch.tensor([True, False, True])
-PAIRED = [DPOLoss(), KLDPOLoss(tau=0.1), KLDPOLoss(rho=0.1), AOTPairedLoss(), WDPOLoss()]
+PAIRED = [DPOLoss(), KLDPOLoss(tau=0.1), KLDPOLoss(rho=0.1), AOTPairedLoss(), WDPOLoss(penalty="exact")]
 UNPAIRED = [AOTUnpairedLoss(), KTOLoss()]
 NAMES = ["policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps"]
 
@@ -171,7 +171,7 @@ def test_weights_are_refused_where_nothing_is_summed(loss):
 
 def wdpo(embeddings, logps=None):
     logps = (embeddings.sum((1, 2))[:3], embeddings.sum((1, 2))[3:]) if logps is None else logps
-    return WDPOLoss()(*logps, LOGPS, LOGPS, embeddings=embeddings)
+    return WDPOLoss(penalty="exact")(*logps, LOGPS, LOGPS, embeddings=embeddings)
 
 
 def test_wdpo_says_what_is_wrong_with_its_embeddings():
@@ -179,7 +179,7 @@ def test_wdpo_says_what_is_wrong_with_its_embeddings():
     graph = (good.sum((1, 2))[:3], good.sum((1, 2))[3:])
     wdpo(good)
     with pytest.raises(ValueError, match=r"embeddings is missing: .*inputs_embeds"):
-        WDPOLoss()(*graph, LOGPS, LOGPS)
+        WDPOLoss(penalty="exact")(*graph, LOGPS, LOGPS)
     with pytest.raises(TypeError, match=r"embeddings must be a torch.Tensor, got list"):
         wdpo([1.0], graph)
     with pytest.raises(TypeError, match=r"embeddings must have dtype float32, .*got int64"):

@@ -35,6 +35,10 @@ REFERENCE = -6 + torch.randn(2 * B, generator=torch.Generator().manual_seed(2), 
 WEIGHTS = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
 
 
+def exact(**options) -> WDPOLoss:
+    return WDPOLoss(0.5, penalty="exact", **options)
+
+
 def forward(loss: WDPOLoss, parameters: tuple[torch.Tensor, ...] | None = None, **options):
     embedding, mixer, head = tuple(MODEL.parameters()) if parameters is None else parameters
     inputs = embedding[TOKENS]
@@ -59,7 +63,7 @@ def slow_penalties(beta: float) -> torch.Tensor:
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["uniform", "weighted"])
 @pytest.mark.parametrize("squared", [True, False])
 def test_the_loss_is_dpo_and_the_penalty_of_each_pairs_own_gradient(squared, weights):
-    value, metrics = forward(WDPOLoss(0.5, rho=0.3, squared=squared), weights=weights, return_metrics=True)
+    value, metrics = forward(exact(rho=0.3, squared=squared), weights=weights, return_metrics=True)
     logps = MODEL.logps(MODEL.embedding[TOKENS], TOKENS)
     plain = DPOLoss(0.5)(*logps.chunk(2), *REFERENCE.chunk(2), weights=weights)
     q = torch.ones(B, dtype=torch.float64) if weights is None else weights
@@ -74,12 +78,12 @@ def test_the_loss_is_dpo_and_the_penalty_of_each_pairs_own_gradient(squared, wei
 @pytest.mark.parametrize("squared", [True, False])
 def test_the_gradient_of_the_whole_loss_matches_finite_differences(squared, weights):
     parameters = tuple(p.detach().clone().requires_grad_() for p in MODEL.parameters())
-    loss = WDPOLoss(0.5, rho=2.0, squared=squared)
+    loss = exact(rho=2.0, squared=squared)
     assert torch.autograd.gradcheck(lambda *p: forward(loss, p, weights=weights), parameters)
 
 
 def test_a_radius_of_zero_is_plain_dpo():
-    value = forward(WDPOLoss(0.5, rho=0.0))
+    value = forward(exact(rho=0.0))
     logps = MODEL.logps(MODEL.embedding[TOKENS], TOKENS)
     torch.testing.assert_close(value, DPOLoss(0.5)(*logps.chunk(2), *REFERENCE.chunk(2)), **CLOSE)
 
@@ -88,13 +92,13 @@ def test_the_squared_penalty_of_a_batch_is_the_mean_of_its_pairs():
     """So it accumulates over microbatches and data-parallel ranks like plain DPO; the rooted one does not."""
     assert not WDPOLoss().coupled
     assert WDPOLoss(squared=False).coupled
-    _, metrics = forward(WDPOLoss(0.5, rho=0.3), return_metrics=True)
+    _, metrics = forward(exact(rho=0.3), return_metrics=True)
     torch.testing.assert_close(metrics["penalty/value"], 0.3 * slow_penalties(0.5).mean(), **CLOSE)
 
 
 @pytest.mark.parametrize("squared", [True, False])
 def test_evaluation_without_gradients_gives_the_same_value(squared):
-    loss = WDPOLoss(0.5, rho=0.3, squared=squared)
+    loss = exact(rho=0.3, squared=squared)
     inputs = MODEL.embedding[TOKENS].detach().requires_grad_()
     logps = MODEL.logps(inputs, TOKENS).chunk(2)
     with torch.no_grad():
@@ -109,5 +113,5 @@ def test_an_empty_batch_gives_zero():
     logps = inputs.sum((1, 2))
     ref = torch.zeros(0)
     for squared in (True, False):
-        value = WDPOLoss(squared=squared)(logps[:0], logps[:0], ref, ref, embeddings=inputs)
+        value = WDPOLoss(squared=squared, penalty="exact")(logps[:0], logps[:0], ref, ref, embeddings=inputs)
         assert value == 0

@@ -116,13 +116,13 @@ def test_tau_must_be_positive(refuse):
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 def test_wdpo_refuses_fused_attention(refuse, attention):
-    message = refuse("loss.name=wdpo", f"model.attn_implementation={attention}")
+    message = refuse("loss.name=wdpo", "loss.penalty=exact", f"model.attn_implementation={attention}")
     assert attention in message
     assert "'eager'" in message
 
 
 def test_wdpo_refuses_zero_3(refuse):
-    assert "zero_stage 0, 1 or 2" in refuse("loss.name=wdpo", "zero_stage=3")
+    assert "zero_stage 0, 1 or 2" in refuse("loss.name=wdpo", "loss.penalty=exact", "zero_stage=3")
 
 
 def test_a_paired_loss_refuses_unpaired_data_and_the_reverse(refuse, tmp_path, tiny):

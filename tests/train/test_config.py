@@ -91,7 +91,8 @@ def test_attention_is_told_by_the_loss_where_the_config_leaves_it_open():
         return attention_of(load_config(None, overrides, base=COMPLETE))
 
     assert attention() == "sdpa"
-    assert attention("loss.name=wdpo") == "eager"
+    assert attention("loss.name=wdpo") == "sdpa"
+    assert attention("loss.name=wdpo", "loss.penalty=exact") == "eager"
     assert attention("model.attn_implementation=eager") == "eager"
 
 
@@ -119,7 +120,7 @@ def test_the_options_of_a_loss_are_checked_by_building_it(loss, message):
 )
 def test_exact_wdpo_refuses_what_has_no_second_derivative(changes, message):
     with pytest.raises(InputError, match=message):
-        load_config(None, ["loss.name=wdpo", *changes], base=COMPLETE)
+        load_config(None, ["loss.name=wdpo", "loss.penalty=exact", *changes], base=COMPLETE)
 
 
 def test_what_is_missing_is_asked_for():

@@ -199,7 +199,7 @@ def wdpo():
     # Weights of order one, so that the penalty is no rounding error beside the loss.
     for parameter in model.parameters():
         parameter.data.mul_(4)
-    module = LossModule(model.double().eval(), WDPOLoss(beta=0.5, rho=0.3))
+    module = LossModule(model.double().eval(), WDPOLoss(beta=0.5, rho=0.3, penalty="exact"))
     return module, with_reference(module, make_batch(), shift=1.0)
 
 
