@@ -271,7 +271,7 @@ def _check_finite(gathered: Gathered) -> None:
     if positions:
         told = ", ".join(map(str, positions[:8])) + (", ..." if len(positions) > 8 else "")
         message = f"{' and '.join(names)} not finite at (process, microbatch, row) {told}"
-        raise NonFiniteError(f"{message}; lower the learning rate, or look at these samples", positions)
+        raise NonFiniteError(message, positions)
 
 
 def _surrogate(logps_fn: LogpsFunction, microbatch: Any, cotangents: dict[str, Tensor]) -> Tensor:

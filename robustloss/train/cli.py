@@ -64,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="robustloss: %(message)s", level=logging.WARNING)
     logging.getLogger("robustloss").setLevel(logging.INFO if _speaks() else logging.ERROR)
+    try:
+        return _train(arguments)
+    finally:
+        _leave_process_group()  # once nothing in a frame of the run holds on to it
+
+
+def _train(arguments: argparse.Namespace) -> int:
     # The loop, torch and transformers take seconds to import; --help should not wait for them.
     try:
         from robustloss.train.config import InputError, load_config
@@ -96,8 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("robustloss: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    finally:
-        _leave_process_group()
     return 0
 
 

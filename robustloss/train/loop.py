@@ -10,6 +10,7 @@ import logging
 import math
 import platform
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,24 +52,29 @@ def run(config: RunConfig) -> Path:
     loss = build_loss(config.loss)
     distributed.prepare_libraries()
     inputs = load_inputs(config, loss)  # before anything that takes long
-    device, started = distributed.start()
-    lock = None
-    try:
+    with ExitStack() as cleanup:
+        device, started = distributed.start()
+        if started:
+            cleanup.callback(distributed.stop)
         lock = distributed.on_first(partial(prepare_folder, run_dir))
-        left = _train(config, loss, inputs, run_dir, device)
+        if lock is not None:
+            cleanup.enter_context(lock)
+        left = _train(config, loss, inputs, run_dir, device, cleanup)
         if left:
             if distributed.is_first():
                 print(f"{run_dir} stopped as it was asked to, {left} step(s) before its end; the same command goes on")
             return run_dir
         return _finish(run_dir, "is finished", redraw=True)
-    finally:
-        if lock is not None:
-            lock.close()
-        if started:
-            distributed.stop()
 
 
-def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Path, device: torch.device) -> int:
+def _train(
+    config: RunConfig,
+    loss: PreferenceLoss,
+    inputs: Inputs,
+    run_dir: Path,
+    device: torch.device,
+    cleanup: ExitStack,
+) -> int:
     """Train to the end, or until the run is asked to stop: the number of steps still to do."""
     # Imported here: they take seconds, and a mistake in the config should be told at once.
     from robustloss.train.engine import build_engine
@@ -88,6 +94,7 @@ def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Pat
 
     distributed.seed_everything(config.seed)
     engine = build_engine(config, loss, total_steps, order.accumulation * loss.backwards_per_microbatch)
+    cleanup.callback(engine.destroy)
     with input_errors():
         check_head(engine, engine.module.model, inputs.collate("train", [0], device))
     reference = build_references(config, engine, inputs, device)
@@ -193,7 +200,6 @@ def _train(config: RunConfig, loss: PreferenceLoss, inputs: Inputs, run_dir: Pat
     if done == total_steps:
         save_model(engine, config, inputs.tokenizer, run_dir / "model")
     metrics.close()
-    engine.destroy()
     dist.barrier()
     return total_steps - done
 

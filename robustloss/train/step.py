@@ -72,10 +72,10 @@ def _with_exact_penalty(
     total = sum(sum(sizes) for sizes in gather(sizes))
     records = []
     for batch, size in zip(microbatches, sizes, strict=True):
-        value = engine(batch)
+        value: Tensor = engine(batch)
         backward(value * (divisor * dist.get_world_size() * size / total))
         metrics = {name: float(metric) for name, metric in engine.module.metrics.items()}
-        records.append(({"loss": float(value), **metrics}, float(size)))
+        records.append(({"loss": float(value.detach()), **metrics}, float(size)))
     means = mean_by_name(record for records in gather(records) for record in records)
     metrics = {name: value.new_tensor(mean) for name, mean in means.items()}
     return metrics.pop("loss"), metrics

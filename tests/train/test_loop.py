@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,12 @@ from tiny_models import pair_rows, unpaired_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from robustloss.train import cli
+from robustloss.train.checkpoint import completed_checkpoints
 from robustloss.train.config import InputError, load_config
 from robustloss.train.engine import learning_rate_factor
 from robustloss.train.inputs import BatchOrder
 from robustloss.train.loop import run
-from robustloss.train.loss_module import LossModule
+from robustloss.train.loss_module import LossModule, loss_arguments
 from robustloss.train.reference_cache import ReferenceCache
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -260,13 +263,16 @@ def test_the_reference_is_computed_once_for_all_runs_that_share_it(train, tmp_pa
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1  # train and held-out rows are the same here
     calls = []
     forward = LossModule.forward
-    monkeypatch.setattr(
-        LossModule, "forward", lambda self, batch, output="loss": calls.append(output) or forward(self, batch, output)
-    )
+
+    def counting(self, batch, output="loss", **options):
+        calls.append(output)
+        return forward(self, batch, output, **options)
+
+    monkeypatch.setattr(LossModule, "forward", counting)
     second = train("second", reference=cache)
     assert weights_of(first) == weights_of(second)
-    # The check of the head asks once, and two evaluations of three batches; a reference would ask three times more.
-    assert calls.count("logps") == 7
+    # Once for the check of the head, four steps, two evaluations of two batches; a reference would ask twice more.
+    assert calls.count("logps") == 9
     train("other tokens", reference=cache, data={"max_length": 12})
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
 
@@ -316,9 +322,65 @@ def test_resume_false_starts_again(train):
 # ---- what goes wrong, and what is only odd -------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(train):
-    with pytest.raises(FloatingPointError, match=r"^step 2: .*not finite"):
-        train(optimizer={"learning_rate": 1e30, "gradient_clipping": 0, "warmup_ratio": 0})
+@pytest.mark.parametrize(("most", "step"), [(1, 2), (3, 4)])
+def test_steps_in_a_row_that_are_not_finite_stop_the_run_and_name_the_rows(train, most, step):
+    with pytest.raises(FloatingPointError, match=rf"^step {step}: policy_chosen_logps .*not finite.* rows \[.*\] of"):
+        train(optimizer={"learning_rate": 1e30, "gradient_clipping": 0, "warmup_ratio": 0}, max_skipped=most)
+
+
+@pytest.mark.parametrize("where", ["log-probabilities", "gradient"])
+def test_a_step_that_is_not_finite_is_left_out(train, monkeypatch, caplog, where):
+    calls = []
+
+    def poisoned(loss, logps, batch):
+        arguments = loss_arguments(loss, logps, batch)
+        calls.append(batch)
+        if len(calls) == 3:
+            policy = arguments["policy_chosen_logps"]
+            if where == "gradient":
+                policy.register_hook(lambda grad: grad * float("nan"))
+            else:
+                arguments["policy_chosen_logps"] = policy * float("nan")
+        return arguments
+
+    monkeypatch.setattr("robustloss.train.step.loss_arguments", poisoned)
+    run_dir = train(loss={"name": "beta_dpo", "filter_ratio": 0.0})
+    rows = metrics_of(run_dir, "train")
+    assert [(row["step"], row["skipped_steps"]) for row in rows] == [(1, 0), (2, 0), (4, 1)]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert "step 3" in caplog.text
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(train, monkeypatch, capsys):
+    whole = train("whole")
+
+    def asked(loss, logps, batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss_arguments(loss, logps, batch)
+
+    calls = []
+    monkeypatch.setattr("robustloss.train.step.loss_arguments", asked)
+    stopped = train("stopped")
+    assert "2 step(s) before its end; the same command goes on" in capsys.readouterr().out
+    assert not (stopped / "model").exists()
+    assert [folder.name for folder in completed_checkpoints(stopped / "checkpoints")] == ["step_00000002"]
+    assert train("stopped") == stopped
+    assert weights_of(stopped) == weights_of(whole)
+    assert [row["step"] for row in metrics_of(stopped, "train")] == [1, 2, 3, 4]
+
+
+def test_the_best_model_and_its_checkpoint_are_kept(train):
+    optimizer = {"learning_rate": 0.05, "schedule": "constant"}
+    run_dir = train(eval_every=1, save_every=1, keep_checkpoints=1, max_steps=6, optimizer=optimizer)
+    losses = {row["step"]: row["loss"] for row in metrics_of(run_dir, "eval") if row["step"]}
+    best = min(losses, key=losses.get)
+    assert best < 5, "the learning rate should be too high"
+    kept = [folder.name for folder in completed_checkpoints(run_dir / "checkpoints")]
+    assert kept == [f"step_{best:08d}", "step_00000005"]
+    shorter = train("shorter", max_steps=best, optimizer=optimizer)
+    assert (run_dir / "best" / "model.safetensors").read_bytes() == weights_of(shorter)
 
 
 def test_a_sort_of_one_pair_warns_that_it_is_plain_dpo(train):
