@@ -11,7 +11,14 @@ from torch import Tensor
 from robustloss.losses.base import LossOutput
 from robustloss.losses.dpo import DPOLoss
 from robustloss.losses.stateful import StatefulLoss, sum_over, with_local_gradient
-from robustloss.validation import INTEGER_DTYPES, check_number, check_same_device, check_shape, check_tensor
+from robustloss.validation import (
+    INTEGER_DTYPES,
+    check_finite,
+    check_number,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 
 
 class GroupDROLoss(StatefulLoss, DPOLoss):
@@ -68,6 +75,8 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
         self.register_buffer("log_weights", torch.full((groups,), 1 / groups, dtype=torch.float64).log())
         shares = None
         if group_sizes is not None:
+            if isinstance(group_sizes, str) or not isinstance(group_sizes, Sequence):
+                raise TypeError(f"group_sizes must be a list of {groups} numbers, got {group_sizes!r}")
             sizes = [check_number(f"group_sizes[{g}]", size, above=0) for g, size in enumerate(group_sizes)]
             if len(sizes) != groups:
                 raise ValueError(f"group_sizes must hold {groups} numbers (groups), got {len(sizes)}")
@@ -107,12 +116,13 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
         )
         groups = self._check_groups(groups, logps[0])
         losses = self.losses(*logps)
+        check_finite("losses", losses)  # a square that overflows would stay in the weights for ever
         weights = torch.ones_like(losses) if weights is None else weights
         group = self._group()
         # A product with the indicators, not a scatter: the same sums in the same order on every device.
         indicator = (groups == torch.arange(self.groups, device=groups.device)[:, None]).double()  # [G, B]
         sums, counts = sum_over(
-            group, torch.stack([indicator @ (weights * losses.detach()).double(), indicator @ weights.double()])
+            group, torch.stack([indicator @ (weights.double() * losses.detach()), indicator @ weights.double()])
         )
         present = counts > 0
         if self.shares is None:
@@ -123,7 +133,7 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
         if self.training:
             self._update(group_losses, present)
         coefficients = self.group_weights * scale
-        share = ((coefficients[groups] * weights).to(losses.dtype) * losses).sum()
+        share = ((coefficients[groups] * weights.double()).to(losses.dtype) * losses).sum()
         value = with_local_gradient((self.group_weights * group_losses).sum().to(losses.dtype), share, group)
         if not return_metrics:
             return value

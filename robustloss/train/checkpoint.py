@@ -23,6 +23,7 @@ from yaml import YAMLError
 from robustloss._files import replace_file
 from robustloss.train.config import FREE_KEYS, InputError, RunConfig, flatten, save_config
 from robustloss.train.distributed import gather, is_first, quiet_stdout, random_state, set_random_state
+from robustloss.train.run_folder import links_in
 
 MARKER = "COMPLETED"
 # What a run leaves in its folder, and what resume=false removes.
@@ -80,6 +81,11 @@ def prepare_folder(run_dir: Path) -> IO[str]:
 
     A kill lets go of it too. Called by the first process alone.
     """
+    linked = links_in(run_dir)
+    if linked:
+        raise refused_folder(
+            run_dir, f"{linked[0]!r} in it is a link, and a run writes and deletes in its own folder only"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
