@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # The release that goes with that torch; the CUDA build of torch brings it by itself, and other systems than Linux lack it.
 TRITON ?= $(if $(filter Linux,$(shell uname)),triton==3.7.1)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slow lint bench clean
 
 # torch comes first: the C++ extension is built against it, and a bare requirement would fetch another build.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
@@ -24,6 +24,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+# Every property on many new cases, and how many there were.
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

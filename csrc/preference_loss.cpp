@@ -355,6 +355,28 @@ void check_vector(const char* name, const Tensor& vector, const Tensor& chosen) 
                       chosen.device(), "; move one of them");
 }
 
+/// Refuses what finite log-probabilities have become infinite or NaN in.
+void check_size(double value, const char* dtype) {
+    TORCH_CHECK_VALUE(std::isfinite(value),
+                      "the log-probabilities (or losses) are too large: the loss overflows ", dtype);
+}
+
+/// Multiplies losses whose squares are no float64, and with them the temperature (null: there is none), by a
+/// power of two, which every aggregate lets through; returns its exponent.
+int scale_to_one(double* losses, int64_t n, PairSums& sums, double* temperature) {
+    const double magnitude = std::max(std::abs(sums.largest), std::abs(sums.smallest));
+    if (magnitude == 0 || (1e-140 < magnitude && magnitude < 1e140)) return 0;
+    int exponent = -std::ilogb(magnitude);
+    if (temperature != nullptr && *temperature > 0) {
+        exponent = std::min(exponent, 1000 - std::ilogb(*temperature));  // or it would overflow
+        *temperature = std::ldexp(*temperature, exponent);
+    }
+    for (int64_t i = 0; i < n; ++i) losses[i] = std::ldexp(losses[i], exponent);
+    sums.largest = std::ldexp(sums.largest, exponent);
+    sums.smallest = std::ldexp(sums.smallest, exponent);
+    return exponent;
+}
+
 using Optional = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> preference_loss(
@@ -396,7 +418,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preference_loss(
     double* nominal = weights ? slopes + n : nullptr;
     const auto at_block = [&](int64_t begin) { return nominal == nullptr ? nullptr : nominal + begin; };
 
-    const PairSums sums = sum_blocks<PairSums>(n, [&](int64_t begin, int64_t size) {
+    PairSums sums = sum_blocks<PairSums>(n, [&](int64_t begin, int64_t size) {
         return kernels().read_pairs(pairs, begin, size, link, losses + begin, slopes + begin,
                                     at_block(begin));
     });
@@ -404,6 +426,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preference_loss(
         for (size_t i = 0; i < given.size(); ++i) {
             if (given[i] != nullptr) check_finite(names[i], *given[i]);
         }
+        check_size(nan, "float64");  // their differences
     }
     if (weights) {
         TORCH_CHECK_VALUE(sums.smallest_weight >= 0, "weights must be >= 0, got a minimum of ",
@@ -411,41 +434,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preference_loss(
         TORCH_CHECK_VALUE(sums.mass > 0, "weights must not all be zero");
     }
 
+    check_size(std::max(std::abs(sums.largest), std::abs(sums.smallest)), "float64");
+    const bool has_temperature = aggregate == Aggregate::KLTilt || aggregate == Aggregate::SoftMin ||
+                                 aggregate == Aggregate::KLTiltUnnormalized;
+    double temperature = parameter;
+    const int exponent = scale_to_one(losses, n, sums, has_temperature ? &temperature : nullptr);
     const Losses batch(losses, nominal, n, sums);
     Reweighting reweighting = Losses::nominal();
     double tau = nan, soft_min = nan;
-    if (!std::isfinite(sums.largest - sums.smallest) && aggregate != Aggregate::Mean) {
-        // Losses that overflow have no worst case: NaN for all.
-        reweighting = {.kind = Reweighting::Kind::Exponential, .origin = nan};
-    } else {
-        switch (aggregate) {
-            case Aggregate::Mean:
-                break;
-            case Aggregate::KLTilt:
-                reweighting = batch.tilt(parameter);
-                tau = parameter;
-                break;
-            case Aggregate::KLBall:
-                std::tie(reweighting, tau) = batch.kl_ball(parameter);
-                break;
-            case Aggregate::KLTiltUnnormalized:
-                reweighting = batch.unnormalized_tilt(parameter, max_weight);
-                tau = parameter;
-                break;
-            case Aggregate::CVaR:
-                reweighting = batch.cvar(parameter);
-                break;
-            case Aggregate::ChiSquare:
-                reweighting = batch.chi_square_ball(parameter);
-                break;
-            case Aggregate::TotalVariation:
-                reweighting = batch.total_variation_ball(parameter);
-                break;
-            case Aggregate::SoftMin:
-                reweighting = batch.soft_min(parameter);
-                soft_min = batch.soft_min_value(parameter);
-                break;
-        }
+    switch (aggregate) {
+        case Aggregate::Mean:
+            break;
+        case Aggregate::KLTilt:
+            reweighting = batch.tilt(temperature);
+            tau = temperature;
+            break;
+        case Aggregate::KLBall:
+            std::tie(reweighting, tau) = batch.kl_ball(parameter);
+            break;
+        case Aggregate::KLTiltUnnormalized:
+            reweighting = batch.unnormalized_tilt(temperature, max_weight);
+            tau = temperature;
+            break;
+        case Aggregate::CVaR:
+            reweighting = batch.cvar(parameter);
+            break;
+        case Aggregate::ChiSquare:
+            reweighting = batch.chi_square_ball(parameter);
+            break;
+        case Aggregate::TotalVariation:
+            reweighting = batch.total_variation_ball(parameter);
+            break;
+        case Aggregate::SoftMin:
+            reweighting = batch.soft_min(temperature);
+            soft_min = batch.soft_min_value(temperature);
+            break;
     }
 
     double* p = losses;  // each loss makes place for its weight
@@ -453,12 +476,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preference_loss(
         return kernels().reweigh(reweighting, losses + begin, at_block(begin), size, p + begin);
     });
     const double total = aggregate == Aggregate::KLTiltUnnormalized ? sums.mass : moments.mass;
-    const double result = aggregate == Aggregate::SoftMin ? soft_min : moments.weighted / total;
+    const double scaled = aggregate == Aggregate::SoftMin ? soft_min : moments.weighted / total;
+    const double result = std::ldexp(scaled, -exponent);
     double summary[8];
     for (int i = 0; i < 5; ++i) summary[i] = sums.statistics[i] / static_cast<double>(n);
     summary[5] = moments.mass * moments.mass / moments.squares;
     summary[6] = moments.largest / total;
-    summary[7] = tau;
+    summary[7] = std::ldexp(tau, -exponent);
+    check_size(dtype == at::kFloat ? static_cast<float>(result) : result,
+               dtype == at::kFloat ? "float32" : "float64");
 
     AT_DISPATCH_FLOATING_TYPES(dtype, "preference_loss", [&] {
         *value.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(result);

@@ -73,6 +73,7 @@ class Transport {
         const double origin = z[0];
         for (double& value : z) value -= origin;  // exactly 0 in a constant row
         const double range = z[n - 1], mean_of_z = total(z) / n;
+        TORCH_CHECK_VALUE(std::isfinite(mean_of_z), "values are too large: their sum overflows float64");
         double variance = 0;
         for (double& value : z) {
             value = range > 0 ? (value - mean_of_z) / range : 0;

@@ -192,7 +192,9 @@ int64_t grain_size(int64_t n) { return std::max<int64_t>(1, 2048 / std::max<int6
 
 template <typename scalar_t>
 void check_finite(const scalar_t* values, int64_t n, int64_t row, double smallest, double largest) {
-    if (std::isfinite(smallest) && std::isfinite(largest)) return;  // the sort puts what is not at an end
+    if (std::isfinite(largest - smallest)) return;  // the sort puts what is not finite at an end
+    TORCH_CHECK_VALUE(!std::isfinite(smallest) || !std::isfinite(largest),
+                      "values are too large: the range of row ", row, " overflows float64");
     const auto* bad = std::find_if(values, values + n, [](scalar_t value) { return !std::isfinite(value); });
     TORCH_CHECK_VALUE(false, "values must be finite, got ", *bad, " at index ", bad - values, " of row ",
                       row);

@@ -427,7 +427,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sorted_transport(
         scalar_t* statistics_out = statistics.mutable_data_ptr<scalar_t>();
         scalar_t* u_out = u_gradient.mutable_data_ptr<scalar_t>();
         scalar_t* v_out = v ? v_gradient.mutable_data_ptr<scalar_t>() : u_out;
-        std::atomic<bool> valid{true};
+        std::atomic<bool> valid{true}, overflows{false};
         const int64_t rows = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, n + m));
         at::parallel_for(0, R, rows, [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end && valid; ++row) {
@@ -444,12 +444,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sorted_transport(
                     const RowResults<scalar_t> results{value_out + row, statistics_out + 2 * row,
                                                        u_out + row * n, v_out + row * (v ? m : n)};
                     results.write(match(sides[0], sides[1], weighted, link, results));
+                    if (!std::isfinite(value_out[row])) overflows = true;
                 } else {
                     valid = false;
                 }
                 if (n + m > kKept) memory[0] = {}, memory[1] = {};
             }
         });
+        TORCH_CHECK_VALUE(!overflows, "the samples are too large: the cost of their transport overflows ",
+                          in_double ? "float64" : "float32");
         if (valid) return;
         for (const Samples& samples : {u_samples, v_samples}) {
             for (const Argument& argument : {samples.values, samples.reference, samples.weights}) {

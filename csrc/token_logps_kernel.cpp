@@ -20,6 +20,9 @@ constexpr int64_t kBlock = 1024;
 // exp(-1000) = 0 in float and double, and 0 times this is 0, where 0 times -inf would be NaN.
 constexpr int kLowestExponent = -1000;
 
+// No log-sum of a vocabulary exceeds it: a larger one is mostly what the largest z was rounded by.
+constexpr int kMostLogSum = 32;
+
 /// Calls `visit` with x[0], ..., x[n - 1] in vectors of the statistics type, the last filled up with -inf.
 template <typename scalar_t, typename Visit>
 inline void for_each_vector(const scalar_t* x, int64_t n, const Visit& visit) {
@@ -162,8 +165,10 @@ RowValues<scalar_t> reduce_row(const scalar_t* logits, int64_t V, int64_t label,
     const opmath_t largest_z = max * scaling.inverse_temperature;
     const opmath_t rounding =
         std::isfinite(largest_z) ? std::fma(max, scaling.inverse_temperature, -largest_z) : 0;
-    // Not z - lse: for large logits lse has already lost the digits that this difference keeps.
-    return {.logps = (target - max) * scaling.inverse_temperature - log_sum,
+    // Not z - lse: for large logits lse has already lost the digits that this difference keeps. It may
+    // overflow where both of its halves, divided by a high temperature, do not.
+    const opmath_t distance = target - max, inverse = scaling.inverse_temperature;
+    return {.logps = std::isinf(distance) ? target * inverse - largest_z : distance * inverse - log_sum,
             .lse = {largest_z, log_sum + rounding},
             .entropy = log_sum - weighted / sum,
             .top1 = static_cast<opmath_t>(static_cast<opmath_t>(logits[label]) == largest),
@@ -182,16 +187,29 @@ void grad_row(scalar_t* grad, const scalar_t* logits, int64_t V, int64_t label, 
               const at::opmath_type<scalar_t> (&lse)[2], at::opmath_type<scalar_t> scale) {
     using opmath_t = at::opmath_type<scalar_t>;
     using Vec = Vectorized<opmath_t>;
-    // The fast exponential maps NaN to a number, so a row without a finite lse is marked here.
-    if (!std::isfinite(lse[0] + lse[1])) scale = std::numeric_limits<opmath_t>::quiet_NaN();
     const auto cap = [&](Vec x) -> Capped<opmath_t> {
         if constexpr (capped) return soft_cap<opmath_t>(x, scaling.cap);
         return {x, Vec(1)};
     };
     // z - lse = (s - shift) / temperature - log_sum, exactly as the forward had it: `shift` is the largest s,
     // and `log_sum` takes up what the two were rounded by.
-    const opmath_t slope_of_z = scaling.inverse_temperature, shift = lse[0] / slope_of_z;
-    const opmath_t log_sum = lse[1] - std::fma(shift, slope_of_z, -lse[0]);
+    const opmath_t slope_of_z = scaling.inverse_temperature;
+    opmath_t shift = lse[0] / slope_of_z, log_sum = lse[1] - std::fma(shift, slope_of_z, -lse[0]);
+    if (!(std::abs(lse[1]) < kMostLogSum && std::abs(log_sum) < kMostLogSum)) {
+        // Logits beyond 1e9, whose z overflows or whose log-sum is lost in the rounding of the largest z:
+        // both are found again. A part of a row that does not hold the largest, or a row that has none, is
+        // left undefined.
+        const auto s_at = [&](int64_t v) { return first_lane(cap(Vec(static_cast<opmath_t>(logits[v]))).s); };
+        shift = -std::numeric_limits<opmath_t>::infinity();
+        for (int64_t v = 0; v < V; ++v) shift = std::max(shift, s_at(v));
+        opmath_t sum = 0;
+        for (int64_t v = 0; v < V; ++v) sum += std::exp((s_at(v) - shift) * slope_of_z);
+        log_sum = std::log(sum);
+        // The fast exponential maps NaN to a number, so what is undefined is marked here.
+        if (!(std::isfinite(shift) && shift * slope_of_z == lse[0])) {
+            scale = std::numeric_limits<opmath_t>::quiet_NaN();
+        }
+    }
     const bool here = 0 <= label && label < V;
     // Before the loop, which may overwrite the logits; 1 - p in the statistics type, rounded once.
     opmath_t target = 0;

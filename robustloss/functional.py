@@ -14,7 +14,8 @@ torch.compile(fullgraph=True), autocast and torch.no_grad. The functions share t
     return_entropy: also return the entropy in nats, reduced like the log-probabilities; it carries no gradient.
     return_statistics: also return `TokenStatistics`, of the same read of the logits, reduced and without gradient too.
 
-Results are float32 whatever the input type (float64 for float64 input), in nats.
+Logits may be -inf, for tokens that cannot occur. NaN, +inf, and hidden states and weights whose product overflows give
+NaN, as they do in a model. Results are float32 whatever the input type (float64 for float64 input), in nats.
 """
 
 from __future__ import annotations

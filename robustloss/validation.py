@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -50,6 +50,17 @@ def check_finite(name: str, value: Tensor) -> None:
         )
 
 
+def check_magnitude(name: str, value: Tensor) -> None:
+    """Refuse NaN, infinity and numbers whose differences or squares overflow, where `check_finite` looks."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or not value.numel():
+        return
+    largest = value.detach().abs().max().item()
+    limit = 1e37 if value.dtype == torch.float32 else 1e150
+    if not largest <= limit:
+        check_finite(name, value)
+        raise ValueError(f"{name} is too large: got a magnitude of {largest:g}, want {limit:g} at most")
+
+
 def check_weight_values(weights: Tensor) -> None:
     """Refuse sample weights that are not finite, negative or all zero, where `check_finite` looks."""
     check_finite("weights", weights)
@@ -84,8 +95,8 @@ def check_number(
     """Refuse what is no finite number (TypeError), or one outside the open or closed bounds (ValueError)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be larger than any float
+        raise ValueError(f"{name} must be finite, got {value if isinstance(value, float) else 'a larger integer'}")
     if above is not None and not value > above:
         raise ValueError(f"{name} must be > {above:g}, got {value:g}")
     if at_least is not None and not value >= at_least:

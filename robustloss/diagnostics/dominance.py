@@ -133,9 +133,9 @@ def _measures(u: Tensor, v: Tensor, u_weights: Tensor | None, v_weights: Tensor 
 def _quantiles(values: Tensor, weights: Tensor | None, levels: Tensor) -> Tensor:
     ordered, order = values.sort(stable=True)
     cumulative = (torch.ones_like(values) if weights is None else weights[order]).cumsum(0)
-    # A level that rounding put just above a step belongs to it.
+    # A level that rounding put just above a step belongs to it; the last is the maximum, however little it weighs.
     steps = torch.searchsorted(cumulative / cumulative[-1], levels - 1e-12)
-    return ordered[steps.clamp(max=len(values) - 1)]
+    return ordered[torch.where(levels < 1, steps, len(values) - 1)]
 
 
 def _check_sample(name: str, values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:

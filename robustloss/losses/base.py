@@ -14,6 +14,7 @@ from robustloss.validation import (
     FLOATING_DTYPES,
     check_choice,
     check_finite,
+    check_magnitude,
     check_same_device,
     check_shape,
     check_tensor,
@@ -106,12 +107,14 @@ def check_values(names: Sequence[str], vectors: Sequence[Tensor], weights: Tenso
 
 
 def check_logps(**logps: Tensor) -> list[Tensor]:
-    """Log-probabilities as float32 (or float64) vectors of one length, on one device, finite."""
+    """Log-probabilities as float32 (or float64) vectors of one length, on one device, finite and not too large."""
     names, vectors = list(logps), list(logps.values())
     check_vectors(names, vectors, None)
-    check_values(names, vectors, None)
     dtype = samples_dtype(*vectors)
-    return [value.to(dtype) for value in vectors]
+    vectors = [value.to(dtype) for value in vectors]
+    for name, value in zip(names, vectors, strict=True):
+        check_magnitude(name, value)
+    return vectors
 
 
 def check_weights(weights: Tensor | None, like: Tensor) -> Tensor | None:

@@ -96,7 +96,8 @@ class DPOLoss(PairedLoss):
             A scalar, float32 or float64 ([B] with reduction="none"); or (scalar, metrics).
 
         Raises:
-            TypeError, ValueError: dtypes, shapes or devices that do not fit; NaN or infinity on the CPU.
+            TypeError, ValueError: dtypes, shapes or devices that do not fit; on the CPU also NaN, infinity and
+                numbers so large that the loss overflows.
         """
         aggregate = self.aggregate
         if self.reduction == "none" or self._is_changed or not isinstance(aggregate, FusedAggregate):

@@ -10,7 +10,14 @@ from torch import Tensor
 from robustloss.losses.base import LossOutput
 from robustloss.losses.dpo import DPOLoss
 from robustloss.losses.stateful import StatefulLoss
-from robustloss.validation import INTEGER_DTYPES, check_number, check_same_device, check_shape, check_tensor
+from robustloss.validation import (
+    INTEGER_DTYPES,
+    check_finite,
+    check_number,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 
 
 class GroupDROLoss(StatefulLoss, DPOLoss):
@@ -103,10 +110,11 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
         )
         groups = self._check_groups(groups, logps[0])
         losses = self.losses(*logps)
+        check_finite("losses", losses)  # a square that overflows would stay in the weights for ever
         weights = torch.ones_like(losses) if weights is None else weights
         # A product with the indicators, not a scatter: the same sums in the same order on every device.
         indicator = (groups == torch.arange(self.groups, device=groups.device)[:, None]).double()  # [G, B]
-        sums, counts = indicator @ (weights * losses.detach()).double(), indicator @ weights.double()
+        sums, counts = indicator @ (weights.double() * losses.detach()), indicator @ weights.double()
         present = counts > 0
         if self.shares is None:
             scale = torch.where(present, 1 / counts, 0.0)
@@ -116,7 +124,7 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
         if self.training:
             self._update(group_losses, present)
         coefficients = self.group_weights * scale
-        value = ((coefficients[groups] * weights).to(losses.dtype) * losses).sum()
+        value = ((coefficients[groups] * weights.double()).to(losses.dtype) * losses).sum()
         if not return_metrics:
             return value
         told = torch.where(present, group_losses, torch.nan).to(losses.dtype)

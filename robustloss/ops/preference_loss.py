@@ -59,6 +59,9 @@ def _naive(chosen, rejected, ref_chosen, ref_rejected, weights, *options):
         check_weight_values(weights)
     dtype = samples_dtype(*logps)
     value, worst_case, statistics = _composition(chosen, (*logps[1:], weights), options, dtype)
+    if not torch.isfinite(value):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"the log-probabilities (or losses) are too large: the loss overflows {name}")
     link, beta, label_smoothing = options[:3]
     if link == "identity":
         return value, worst_case.clone(), worst_case, statistics

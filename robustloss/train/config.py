@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from yaml import YAMLError
 from robustloss._files import replace_file
 from robustloss.losses import LOSSES, PreferenceLoss
 from robustloss.train.data import TRUNCATIONS
-from robustloss.train.texts import COMPLETIONS
+from robustloss.train.texts import COMPLETIONS, shorten
 from robustloss.validation import check_choice, check_number
 
 
@@ -323,7 +324,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"config file {str(path)!r} does not exist")
     try:
         # OmegaConf's loader is PyYAML's safe one, with 1e-6 read as a number.
-        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content = _resolve(OmegaConf.load(path))
     except (YAMLError, OSError, ValueError, OmegaConfBaseException) as error:
         raise InputError(f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -338,10 +339,32 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if "=" not in override:
             raise InputError(f"override {override!r} must read key=value, such as loss.tau=0.1")
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
-    except (YAMLError, OmegaConfBaseException) as error:
+        content = _resolve(OmegaConf.from_dotlist(list(overrides)))
+    except (YAMLError, ValueError, OmegaConfBaseException) as error:
         raise InputError(f"overrides {' '.join(overrides)!r} cannot be read: {' '.join(str(error).split())}") from error
     _check_keys(content, RunConfig, prefix="")
+    return content
+
+
+def _resolve(config: Any) -> Any:
+    """Its content, with ${another.key} filled in. Whoever wrote a config must not read the environment of the machine
+    it runs on, as ${oc.env:HOME} would, so no other form is taken, nor one that comes out of filling in."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, (dict, list)):
+            for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+                yield from texts(inner)
+
+    content = OmegaConf.to_container(config)
+    given = [re.sub(r"\$\{[\w.]+\}", "", text) for text in texts(content)]
+    if not any("${" in text for text in given):
+        content = OmegaConf.to_container(config, resolve=True)
+        given = list(texts(content))
+    for text in given:
+        if "${" in text:
+            raise ValueError(f"{shorten(text)} is refused: only ${{another.key}} is filled in")
     return content
 
 

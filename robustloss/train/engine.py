@@ -57,6 +57,7 @@ def load_model(config: RunConfig, name_or_path: str | None = None) -> Any:
 
     name = name_or_path or config.model.name_or_path
     no_dropout = dict.fromkeys(_dropouts(load_model_config(config.model, name)), 0.0)
+    _refuse_pickled_weights(name)
     try:
         load: Any = AutoModelForCausalLM.from_pretrained
         model, loading = load(
@@ -64,6 +65,7 @@ def load_model(config: RunConfig, name_or_path: str | None = None) -> Any:
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
             attn_implementation=attention_of(config),
             trust_remote_code=config.model.trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
             **no_dropout,
         )
@@ -75,6 +77,19 @@ def load_model(config: RunConfig, name_or_path: str | None = None) -> Any:
             f"model {name!r} lacks {len(missing)} weight(s), such as {missing[0]!r}, and would train noise"
         )
     return model
+
+
+def _refuse_pickled_weights(name: str) -> None:
+    """A pickle runs what its writer wants; safetensors hold numbers only. Of a name on the Hub transformers says it."""
+    files = {file.name for file in Path(name).iterdir()} if Path(name).is_dir() else set()
+    for kind in ("pytorch_model", "adapter_model"):
+        pickled = sorted(file for file in files if file.startswith(kind) and file.endswith(".bin"))
+        if pickled and not any(file.endswith(".safetensors") for file in files):
+            raise InputError(
+                f"model {name!r} has its weights in {pickled[0]!r}, and reading a pickle can run code; if you trust "
+                "it, convert it once with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained("
+                "another_folder), and name that one"
+            )
 
 
 def add_lora(model: Any, lora: LoraConfig) -> Any:

@@ -14,6 +14,7 @@ from yaml import YAMLError
 from robustloss._files import recover_folder, remove_folder, replace_file
 from robustloss.train.checkpoint import remove_unfinished
 from robustloss.train.config import FREE_KEYS, InputError, RunConfig, flatten, save_config
+from robustloss.train.run_folder import links_in
 
 # What a run leaves in its folder, and what resume=false removes.
 RESULTS = (
@@ -34,6 +35,11 @@ def prepare_folder(run_dir: Path) -> IO[str]:
 
     A kill lets go of it too. Called by the first process alone.
     """
+    linked = links_in(run_dir)
+    if linked:
+        raise refused_folder(
+            run_dir, f"{linked[0]!r} in it is a link, and a run writes and deletes in its own folder only"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")

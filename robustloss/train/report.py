@@ -15,7 +15,7 @@ import numpy as np
 
 from robustloss._files import replace_file
 from robustloss.train.figures import FIGURES, SPLIT_LABELS, render
-from robustloss.train.run_folder import Run, read_run
+from robustloss.train.run_folder import Run, links_in, read_run
 
 PAIRED = "h_i = (policy_chosen - policy_rejected)_i - (ref_chosen - ref_rejected)_i"
 FORMULAS = {
@@ -153,6 +153,9 @@ def write_report(run_dir: Path) -> Path:
         ValueError: a file is missing or malformed; the message names it, and the line where there is one.
     """
     run_dir = Path(run_dir)
+    linked = links_in(run_dir)
+    if linked:
+        raise ValueError(f"{run_dir / linked[0]}: is a link; a report is written and read in the run's own folder only")
     run = read_run(run_dir)
     (run_dir / "figures").mkdir(exist_ok=True)
     figures = []
@@ -184,5 +187,5 @@ def write_report(run_dir: Path) -> Path:
         config=run.config_text,
         versions={name: v if isinstance(v, str) else json.dumps(v) for name, v in run.environment.items()},
     )
-    replace_file(run_dir / "report.html", page)
+    replace_file(run_dir / "report.html", page.encode(errors="backslashreplace"))  # JSON may hold half a character
     return run_dir / "report.html"

@@ -14,6 +14,27 @@ import numpy as np
 import yaml
 
 SPLITS = ("train", "eval")
+# Everything that a run writes into its folder.
+WRITTEN = (
+    ".lock",
+    "best",
+    "best.old",
+    "best.tmp",
+    "checkpoints",
+    "config.yaml",
+    "demo",
+    "environment.json",
+    "evaluations",
+    "figures",
+    "metrics.jsonl",
+    "model",
+    "model.old",
+    "model.tmp",
+    "reference_cache",
+    "report.html",
+    "starts.jsonl",
+    "tensorboard",
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +72,14 @@ class Run:
         return ("desirable", "undesirable") if self.held_out("desirable_rewards") else ("chosen", "rejected")
 
 
+def links_in(run_dir: Path) -> list[str]:
+    """What in the folder is a link where a run writes or deletes: following one would reach files of somebody else."""
+    return [name for name in WRITTEN if (run_dir / name).is_symlink()]
+
+
 def _read_text(path: Path) -> str:
+    if path.is_symlink():
+        raise ValueError(f"{path}: is a link; a run's folder holds its files itself")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -115,6 +115,7 @@ def _column(row: dict[str, Any], name: str, location: str) -> str | list[dict[st
             f"{location}: column {name!r}: got nothing (missing or null; the row has {present}), want text"
         )
     if isinstance(value, str):
+        _check_characters(value, name, location)
         return value
     if not isinstance(value, list) or not value:
         raise ValueError(f"{location}: column {name!r}: got {shorten(value)}, want text or a list of messages")
@@ -124,7 +125,16 @@ def _column(row: dict[str, Any], name: str, location: str) -> str | list[dict[st
                 f"{location}: column {name!r}: got the message {shorten(message)}, "
                 "want {'role': text, 'content': text}"
             )
+        _check_characters(message["content"], name, location)
     return value
+
+
+def _check_characters(text: str, name: str, location: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # of which JSON can hold one half alone
+        half = text[error.start : error.end]
+        raise ValueError(f"{location}: column {name!r}: got half a character, {half!r}, want Unicode text") from error
 
 
 def _check_completion(name: str, completion: str | list[dict[str, Any]], location: str) -> None:

@@ -340,11 +340,27 @@ def test_samples_of_zero_weight_are_absent_however_large(aggregate):
     torch.testing.assert_close(got[1][kept], expected[1], **CLOSE)
 
 
-def test_losses_that_overflow_give_no_worst_case_but_an_end():
+def test_losses_that_overflow_are_refused():
     logps = torch.tensor([1e200, 0.0, 1.0], dtype=torch.float64)
-    for name, parameter, max_weight in AGGREGATES[1:]:
-        _, _, worst_case, _ = OP(logps, None, None, None, None, "ipo", 0.1, 0.0, name, parameter, max_weight)
-        assert worst_case.isnan().all()
+    for name, parameter, max_weight in AGGREGATES:
+        for vector, dtype in ((logps, "float64"), (torch.full((3,), 1e30), "float32")):
+            with pytest.raises(ValueError, match=f"too large: the loss overflows {dtype}"):
+                OP(vector, None, None, None, None, "ipo", 0.1, 0.0, name, parameter, max_weight)
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES, ids=named)
+@pytest.mark.parametrize("exponent", [-1000, -600, 600, 1000])
+def test_losses_whose_squares_overflow_or_vanish_have_the_worst_case_of_others(aggregate, exponent):
+    name, parameter, max_weight = aggregate
+    temperature = name in ("kl_tilt", "kl_tilt_unnormalized", "soft_min")
+    losses = sample(50)[0]
+    value, *_, statistics = OP(losses, *[None] * 4, "identity", 1.0, 0.0, *aggregate)
+    scaled = math.ldexp(parameter, exponent) if temperature else parameter
+    given = torch.ldexp(losses, torch.tensor(exponent).double())
+    got, _, worst_case, of_scaled = OP(given, *[None] * 4, "identity", 1.0, 0.0, name, scaled, max_weight)
+    torch.testing.assert_close(torch.ldexp(got, torch.tensor(-exponent).double()), value, **CLOSE)
+    torch.testing.assert_close(of_scaled[5:7], statistics[5:7], **CLOSE)
+    assert worst_case.isfinite().all()
 
 
 def test_the_same_bits_whatever_the_number_of_threads():
