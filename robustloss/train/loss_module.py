@@ -40,8 +40,8 @@ class LossModule(nn.Module):
         ref_chosen_logps, ref_rejected_logps | ref_logps(, ref_mismatched_logps): float32 [B], the reference's.
         index: int64 [B], the rows of the dataset, for error messages.
 
-    After a call `metrics` holds the loss's metrics and `logps` the policy's log-probabilities by name, detached; and for
-    a loss that needs them `embeddings` [rows, T, H] the input embeddings, in the graph of what the call returned.
+    After a call `metrics` holds the loss's metrics and `logps` the policy's log-probabilities by name, detached; for a
+    loss that needs them, `embeddings` [rows, T, H] are the input embeddings, in the graph of what the call returned.
     """
 
     def __init__(self, model: nn.Module, loss: PreferenceLoss | None = None) -> None:

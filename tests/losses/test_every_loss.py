@@ -242,7 +242,10 @@ def test_copies_and_pickles_are_the_same_loss(loss):
             DPOLoss(aggregate=KLTilt(rho=0.3)),
             "DPOLoss(beta=0.1, link='logistic', aggregate=KLTilt(tau=None, rho=0.3, normalize=True, max_weight=None))",
         ),
-        (WDPOLoss(rho=0.5, squared=False), "WDPOLoss(beta=0.1, link='logistic', rho=0.5, squared=False, penalty='central')"),
+        (
+            WDPOLoss(rho=0.5, squared=False),
+            "WDPOLoss(beta=0.1, link='logistic', rho=0.5, squared=False, penalty='central')",
+        ),
         (AOTPairedLoss(), "AOTPairedLoss(beta=0.1, link='logistic', sort='hard')"),
         (AOTUnpairedLoss(link="hinge"), "AOTUnpairedLoss(beta=0.1, link='hinge', sort='hard')"),
         (

@@ -1,6 +1,6 @@
 """WDPO in a DeepSpeed engine and outside of one, for every ZeRO stage, in one process; started by test_wdpo_engine.py.
 
-    python directional_worker.py FILE   (what the tests ask about is written to FILE, as JSON)
+python directional_worker.py FILE   (what the tests ask about is written to FILE, as JSON)
 """
 
 from __future__ import annotations

@@ -174,6 +174,6 @@ def test_groups_are_read_only_where_they_are_asked_for():
 
 def test_a_run_has_its_own_processes(settings):
     stateful = [name for name, loss in LOSSES.items() if issubclass(loss, StatefulLoss)]
-    assert stateful == ["beta_dpo", "group_dro"]
+    assert stateful == ["wdpo", "beta_dpo", "group_dro"]
     with pytest.raises(InputError, match="has no option 'process_group'"):
         load_config(None, ["loss.process_group=null"], base=settings("run", "beta_dpo"))
