@@ -141,7 +141,9 @@ def directional_step(
     return _value_and_metrics(loss, sums, every[0].logps.dtype)
 
 
-def directional_loss(loss: Any, run: Callable[[Tensor | None], tuple[dict[str, Tensor], Tensor]]) -> Any:
+def directional_loss(
+    loss: Any, run: Callable[[Tensor | None], tuple[dict[str, Tensor], Any]]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """One microbatch's loss as one number to call backward on: (loss, metrics).
 
     It has `directional_step`'s gradient, but all the passes' graphs are alive together. Where gradients are off it is
@@ -329,7 +331,7 @@ def _penalty_surrogate(directions: _Directions, logps: Tensor, run: Any, rho: fl
 
 
 def _measure_step(directions: _Directions, run: Any, state: _RandomState, group: dist.ProcessGroup | None) -> float:
-    """The relative step at which the log-probabilities' central difference quotients are off by AIM.
+    """The relative step at which the log-probabilities' central difference quotients are off by AIM; 0: not known yet.
 
     It is read off a step so long that rounding is nothing beside it; the error is of second order in the step.
     """
@@ -342,6 +344,8 @@ def _measure_step(directions: _Directions, run: Any, state: _RandomState, group:
             offset.neg_()
     missed, known = _sum_over(group, torch.stack([directions.slope_error(), directions.squares().sum()])).tolist()
     directions.seen.clear()
+    if not (known > 0 and missed < float("inf")):
+        return 0.0  # nothing to measure here: another step will
     step = LONG_STEP * (AIM * known / missed) ** 0.5 if missed > 0 else LONG_STEP
     return min(max(step, SHORT_STEP), LONG_STEP)
 

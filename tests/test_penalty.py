@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -336,7 +338,7 @@ def test_a_pair_that_the_running_means_put_off_has_the_plain_gradient_and_is_cou
     plain(batch).backward()
     without = gradients(model)
     module.loss.stretch.mul_(30)
-    ours, value, metrics = gradient_of_step(module, [batch])
+    ours, _, metrics = gradient_of_step(module, [batch])
     assert metrics["penalty/skipped"] == PAIRS
     torch.testing.assert_close(ours, without, rtol=1e-6, atol=1e-10)
     assert metrics["penalty/value"] > 0  # what is reported is exact all the same
@@ -396,6 +398,27 @@ def test_the_direction_error_is_that_of_the_penaltys_gradient():
         direction_error(LossModule(model, WDPOLoss(penalty="exact")), batch)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("squared", [True, False], ids=["squared", "rooted"])
+def test_two_processes_with_ragged_microbatches_have_the_gradient_of_one(squared, tmp_path):
+    worker = Path(__file__).with_name("penalty_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SQUARED": str(int(squared))}
+    finished = subprocess.run(
+        [*command, str(tmp_path)], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for key in ("value", "metrics"):
+        torch.testing.assert_close(results[0][key], results[1][key], rtol=0, atol=0)
+    alone = results[0]["alone"]
+    torch.testing.assert_close(
+        (results[0]["gradient"] + results[1]["gradient"]) / 2, alone["gradient"], rtol=1e-6, atol=1e-10
+    )
+    torch.testing.assert_close(results[0]["value"], alone["value"])
+    torch.testing.assert_close(results[0]["metrics"], alone["metrics"])
+
+
 def test_what_does_not_fit_is_refused():
     model = MODELS["gpt2"]()
     batch = make_batch(model)
@@ -422,5 +445,5 @@ def test_what_does_not_fit_is_refused():
         WDPOLoss(penalty="both")
     with pytest.raises(ValueError, match="step must be > 0"):
         WDPOLoss(step=0.0)
-    with pytest.raises(ValueError, match="step .*'exact'"):
+    with pytest.raises(ValueError, match=r"step .*'exact'"):
         WDPOLoss(penalty="exact", step=0.1)

@@ -42,7 +42,8 @@ class WDPOLoss(StatefulLoss, DPOLoss):
         penalty: "central", "one_sided" or "exact".
         step: how far a difference moves the embedding that it moves most, as a fraction of that embedding's norm, > 0;
             None: 1e-3 (central) or 1e-4 (one-sided), and with embeddings in half precision what the first step measures
-            of the model's curvature by two forwards more (`measured_step`, a buffer; 0 before).
+            of the model's curvature by two forwards more (`measured_step`, a buffer; 0 before). Under autocast,
+            whose embeddings are float32 and whose model is not, give it: 0.02 or so.
         link, label_smoothing: as `DPOLoss`.
         reduction: "mean"; "none" is refused: the penalty is reported and trained as one number.
 
@@ -86,7 +87,6 @@ class WDPOLoss(StatefulLoss, DPOLoss):
         self.step = None if step is None else check_number("step", step, above=0)
         if step is not None and penalty == "exact":
             raise ValueError("step is the length of a difference, which penalty='exact' has none of")
-        self.process_group = None
         if self.step is None and penalty != "exact":
             self.register_buffer("measured_step", torch.zeros((), dtype=torch.float64))
         if penalty == "one_sided":

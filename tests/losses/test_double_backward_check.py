@@ -136,7 +136,7 @@ def test_sdpa_has_a_second_derivative_in_its_math_kernel_alone(kind, backend):
         if backend == SDPBackend.MATH:
             wdpo_gradients(model)
             return
-        with pytest.raises(RuntimeError, match="derivative for .*flash_attention.* is not implemented"):
+        with pytest.raises(RuntimeError, match=r"derivative for .*flash_attention.* is not implemented"):
             wdpo_gradients(model)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from shared_state_worker import cut_back
 from tiny_models import byte_tokenizer, pair_rows, write_rows
 
-from robustloss.losses import LOSSES, StatefulLoss
+from robustloss.losses import LOSSES
 from robustloss.train import data
 from robustloss.train.checkpoint import completed_checkpoints
 from robustloss.train.config import InputError, load_config
@@ -170,10 +170,3 @@ def test_groups_are_read_only_where_they_are_asked_for():
     assert batch["group"].tolist() == [1, 1, 1]
     assert batch["group"].dtype == torch.int64
     assert data.fingerprint(plain) != data.fingerprint(from_csv)
-
-
-def test_a_run_has_its_own_processes(settings):
-    stateful = [name for name, loss in LOSSES.items() if issubclass(loss, StatefulLoss)]
-    assert stateful == ["beta_dpo", "group_dro"]
-    with pytest.raises(InputError, match="has no option 'process_group'"):
-        load_config(None, ["loss.process_group=null"], base=settings("run", "beta_dpo"))
