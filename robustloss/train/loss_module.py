@@ -130,7 +130,8 @@ class LossModule(nn.Module):
         self.embeddings = embeddings
         named = {"logps": logps}
         if "desirable" not in batch:
-            named = dict(zip(("chosen_logps", "rejected_logps"), logps.chunk(2), strict=True))
+            chosen, rejected = logps.chunk(2)
+            named = {"chosen_logps": chosen, "rejected_logps": rejected}
         if "mismatched_input_ids" in batch:
             with torch.no_grad():  # KTO's reference point is held fixed
                 mismatched = {key: batch[f"mismatched_{key}"] for key in ("input_ids", "attention_mask", "labels")}

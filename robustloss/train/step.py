@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def _with_exact_penalty(
         metrics = {name: float(metric) for name, metric in engine.module.metrics.items()}
         records.append(({"loss": float(value.detach()), **metrics}, float(size)))
     means = mean_by_name(record for records in gather(records) for record in records)
-    metrics = {name: value.new_tensor(mean) for name, mean in means.items()}
+    metrics = {name: torch.tensor(mean) for name, mean in means.items()}
     return metrics.pop("loss"), metrics
 
 

@@ -59,8 +59,8 @@ def content_of(folder: Path) -> dict[str, object]:
             measured = ("seconds", "tokens_per_second", "peak_memory_bytes")
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             content[name] = [{key: value for key, value in row.items() if key not in measured} for row in rows]
-        elif "checkpoints" in path.parts or path.name == "digests.json":
-            content[name] = None  # they hold times
+        elif "checkpoints" in path.parts or path.name in ("digests.json", "starts.jsonl"):
+            content[name] = None  # they hold times and the number of starts
         elif path.name == "config.yaml":
             content[name] = path.read_text().replace(str(folder), "")
         else:

@@ -20,7 +20,7 @@ from tiny_models import byte_tokenizer, pair_rows, save_tiny, tiny_gpt2, unpaire
 
 import robustloss
 from robustloss.train import report
-from robustloss.train.checkpoint import prepare_folder
+from robustloss.train.output_dir import prepare_folder
 from robustloss.train.cli import main
 from robustloss.train.config import InputError, load_config
 from robustloss.train.data import tokenize_rows
