@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from robustloss._files import recover_folder, remove_folder, replace_folder
-from robustloss.train.config import InputError, RunConfig
+from robustloss.train.config import DiskError, InputError, RunConfig
 from robustloss.train.distributed import gather, on_first, random_state, seed_anew, set_random_state, together
 
 MARKER = "COMPLETED"
@@ -39,7 +39,7 @@ def save_checkpoint(
         held_out_loss: of an evaluation at this very step. The checkpoint with the lowest is the best.
 
     Raises:
-        InputError: the disk is full, or the folder cannot be written to. The checkpoints before are untouched.
+        DiskError: the disk is full, or the folder cannot be written to. The checkpoints before are untouched.
     """
     from robustloss.train import checkpoint_files
 
@@ -115,7 +115,7 @@ def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path) -> 
     """Write the model as an ordinary Hugging Face folder, whole or not at all. All processes call it.
 
     Raises:
-        InputError: in all processes, where one cannot write. A folder of that name is as it was.
+        DiskError: in all processes, where one cannot write. A folder of that name is as it was.
     """
     from safetensors import SafetensorError
 
@@ -158,9 +158,9 @@ def _unwritable(what: str, temporary: Path, *others: type[Exception]) -> Iterato
     except (OSError, *others) as error:
         on_first(partial(shutil.rmtree, temporary, ignore_errors=True))
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
+        raise DiskError(
             f"{what} cannot be written ({reason}); what was written before is whole, and the same command goes on "
-            "from the newest checkpoint"
+            "from the last checkpoint"
         ) from error
 
 

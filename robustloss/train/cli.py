@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     # The loop, torch and transformers take seconds to import; --help should not wait for them.
     try:
-        from robustloss.train.config import InputError, load_config
+        from robustloss.train.config import DiskError, InputError, load_config
         from robustloss.train.distributed import LostProcessError, telling_lost_processes
         from robustloss.train.guard import TooManySkippedSteps
         from robustloss.train.loop import run
@@ -89,6 +89,8 @@ def _train(arguments: argparse.Namespace) -> int:
             else:
                 config = load_config(arguments.config, arguments.overrides)
             run(config)
+    except DiskError as error:
+        return _fail(str(error), code=1) if _speaks() else 1
     except (InputError, TooManySkippedSteps) as error:
         # Every process finds the same mistake; one of each host tells it.
         return _fail(str(error)) if _speaks() else 2
@@ -137,7 +139,8 @@ def _leave_process_group() -> None:
         from robustloss.train import distributed
 
         distributed.stop()
-    gc.collect()
+    for _ in range(2):  # an engine has a finaliser, and what a finaliser has seen goes at the second time
+        gc.collect()
 
 
 def _parser() -> argparse.ArgumentParser:

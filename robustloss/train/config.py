@@ -31,6 +31,10 @@ class InputError(ValueError):
     """A mistake in what the user gave. The command line prints it as one line and exits with code 2."""
 
 
+class DiskError(InputError):
+    """A disk that is full, or a folder that cannot be written to, in the middle of a run: exit code 1."""
+
+
 @contextmanager
 def input_errors() -> Iterator[None]:
     """Mark the errors of a block that checks the user's input as `InputError`; those of a bug keep their traceback."""

@@ -14,15 +14,8 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-
-
-def for_two(settings: dict[str, Any], output_dir: Path) -> dict[str, Any]:
-    """The same run on two processes: a step takes the same samples."""
-    halved = {**settings["batch"], "microbatch": settings["batch"]["microbatch"] // 2}
-    return {**settings, "batch": halved, "output_dir": str(output_dir)}
 
 
 def main(folder: Path) -> None:
@@ -37,7 +30,7 @@ def main(folder: Path) -> None:
     for file in files:
         settings = json.loads(file.read_text())
         for kind in ("two", "one-cut"):
-            run(load_config(None, base=for_two(settings, folder / kind / file.stem)))
+            run(load_config(None, base={**settings, "output_dir": str(folder / kind / file.stem)}))
 
     if not distributed.is_first():
 
@@ -46,7 +39,7 @@ def main(folder: Path) -> None:
 
         os.fsync = fsync
     try:
-        run(load_config(None, base={**for_two(settings, folder / "full"), "zero_stage": 1}))
+        run(load_config(None, base={**settings, "output_dir": str(folder / "full"), "zero_stage": 1}))
     except InputError as error:
         (folder / str(torch.distributed.get_rank())).write_text(str(error))
     distributed.stop()

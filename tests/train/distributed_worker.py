@@ -35,7 +35,6 @@ def cells() -> list[tuple[str, int, str, str]]:
         for index, loss in enumerate(LOSSES)
         for stage in range(4)
         for precision in PRECISIONS
-        if not (loss == "wdpo" and stage == 3)
     ]
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_worker import for_two
 from safetensors.torch import load_file
 from shared_state_worker import cut_back
 
@@ -261,7 +260,7 @@ def test_the_best_model_is_a_folder_of_its_own(tiny, tmp_path, monkeypatch, alon
     from robustloss.train.engine import build_engine, load_tokenizer
 
     config = load_config(None, base=tiny.settings(tmp_path / "run"))
-    engine, tokenizer = build_engine(config, build_loss(config.loss), 1), load_tokenizer(config.model)
+    engine, tokenizer = build_engine(config, build_loss(config.loss), 1, 1), load_tokenizer(config.model)
     tmp_path.joinpath("run").mkdir()
     weight = engine.module.model.lm_head.weight
     lowest = math.inf
@@ -380,8 +379,8 @@ def test_names_that_would_lead_out_of_the_folder_are_refused(runs, tmp_path):
 
 @pytest.mark.distributed
 def test_a_step_of_another_size_is_another_run(runs):
-    settings = for_two(json.loads((runs / "zero0.json").read_text()), runs / "two" / "zero0")
+    settings = json.loads((runs / "zero0.json").read_text()) | {"output_dir": str(runs / "two" / "zero0")}
     shutil.copytree(runs / "two" / "zero0", runs / "other")
     shutil.rmtree(runs / "other" / "model")
-    with pytest.raises(InputError, match=r"another number of samples a step \(there 4, here 2\)"):
-        run(load_config(None, base={**settings, "output_dir": str(runs / "other")}))
+    with pytest.raises(InputError, match=r"another batch.effective_batch \(there 4, here 2\)"):
+        run(load_config(None, base={**settings, "output_dir": str(runs / "other"), "batch": {"effective_batch": 2}}))

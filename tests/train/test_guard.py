@@ -121,7 +121,7 @@ def test_a_full_disk_is_one_line_and_code_1(tiny, tmp_path, capsys):
     assert cli.main(["train", "--config", str(config)]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("robustloss: error: ")
-    assert last.endswith("; the same command goes on from the last checkpoint")
+    assert last.endswith("the same command goes on from the last checkpoint")
     assert not list((tmp_path / "run").glob("checkpoints/*/COMPLETED"))
 
 

@@ -20,12 +20,12 @@ from tiny_models import byte_tokenizer, pair_rows, save_tiny, tiny_gpt2, unpaire
 
 import robustloss
 from robustloss.train import report
-from robustloss.train.output_dir import prepare_folder
 from robustloss.train.cli import main
 from robustloss.train.config import InputError, load_config
 from robustloss.train.data import tokenize_rows
 from robustloss.train.engine import load_model, load_model_config, load_tokenizer
 from robustloss.train.loop import run
+from robustloss.train.output_dir import prepare_folder
 from robustloss.train.report import write_report
 from robustloss.train.rows import Row, load_rows
 

@@ -98,4 +98,4 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tiny, tmp_path, proces
     assert without_time(killed) == without_time(whole)
     assert not torn.exists()
     kept = completed_checkpoints(killed / "checkpoints")
-    assert [folder.name for folder in kept] == ["step_00000040", "step_00000050"]
+    assert [folder.name for folder in kept] == ["step_00000030", "step_00000040", "step_00000050"]  # 30 is the best
