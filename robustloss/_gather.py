@@ -34,15 +34,17 @@ class Processes:
         self, microbatches: int, row: list[float], problem: Exception | None, device: torch.device | None = None
     ) -> list[list[float]]:
         """Every process's row of numbers, once none has a problem and all have as many microbatches."""
-        rows = [[problem is not None, microbatches, *row]]
+        overflow = isinstance(problem, FloatingPointError)
+        rows = [[0 if problem is None else 2 if overflow else 1, microbatches, *row]]
         if self.count > 1:
             own = torch.tensor(rows[0], dtype=torch.float64, device=device or self._default_device())
             rows = torch.stack(self.all_gather(own)).tolist()
         if problem is not None:
             raise problem
-        if any(row[0] for row in rows):
-            failed = [process for process, row in enumerate(rows) if row[0]]
-            raise ValueError(f"processes {failed} gave the loss what it cannot take; their own errors say why")
+        failed = [process for process, row in enumerate(rows) if row[0]]
+        if failed:
+            kind = FloatingPointError if all(row[0] != 1 for row in rows) else ValueError
+            raise kind(f"processes {failed} gave the loss what it cannot take; their own errors say why")
         numbers = [int(row[1]) for row in rows]
         if min(numbers) != max(numbers) or not numbers[0]:
             raise ValueError(f"every process must have the same number of microbatches, at least one, got {numbers}")
@@ -91,9 +93,14 @@ class Gathered:
         return names, sorted(positions)
 
 
-def gather(processes: Processes, names: Sequence[str], logps: list[dict[str, Tensor]]) -> Gathered:
-    """What all processes give the loss, from each own microbatch's arguments: one exchange of sizes, one of values."""
-    problem = _problem_of(logps, names)
+def gather(
+    processes: Processes, names: Sequence[str], logps: list[dict[str, Tensor]], problem: Exception | None = None
+) -> Gathered:
+    """What all processes give the loss, from each own microbatch's arguments: one exchange of sizes, one of values.
+
+    `problem`: what this process has met before, to be raised once all know of it.
+    """
+    problem = _problem_of(logps, names) or problem
     present = [] if problem or not logps else [name for name in names if name in logps[0]]
     columns = {name: torch.cat([own[name].detach() for own in logps]) for name in present}
     dtypes = [DTYPES.index(columns[name].dtype) if name in columns else -1 for name in names]

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from robustloss._gather import Gathered, Processes, gather
+from robustloss._random import RandomState
 from robustloss.losses.base import LossOutput, PreferenceLoss
 from robustloss.validation import check_number
 
@@ -84,9 +85,11 @@ class GlobalBatch(nn.Module):
         if not isinstance(loss, PreferenceLoss):
             raise TypeError(f"loss must be a PreferenceLoss such as KLDPOLoss(tau=0.1), got {type(loss).__name__}")
         if loss.needs_embeddings:
+            instead = "robustloss.penalty.directional_step, which sees all processes and microbatches"
+            if loss.differentiates_twice:
+                instead = "robustloss.train.LossModule, or with penalty='central' or 'one_sided' with " + instead
             raise ValueError(
-                f"{type(loss).__name__} differentiates embeddings, which are not gathered; train it with "
-                "robustloss.penalty.directional_step, which is exact on all processes and microbatches"
+                f"{type(loss).__name__} differentiates embeddings, which are not gathered; train it with {instead}"
             )
         if loss.reduction == "none":
             raise ValueError("loss has reduction='none', and a global batch has one value; use reduction='mean'")
@@ -152,7 +155,8 @@ class GlobalBatch(nn.Module):
             (value, metrics): of all samples, detached, the same in every process.
 
         Raises:
-            NonFiniteError: in every process; before any backward, or after them all where one pass is enough.
+            NonFiniteError: in every process; before any backward, or after them all where one pass is enough. Where a
+                finite sample of another process overflows its loss, a FloatingPointError.
             TypeError, ValueError: in every process: arguments that do not fit together or differ between processes,
                 numbers of microbatches that differ, or that the loss refuses. An error within `logps_fn` ends its own
                 process only, and it is the launcher that ends the others.
@@ -183,25 +187,25 @@ class GlobalBatch(nn.Module):
             last = index == len(microbatches)
             if last:
                 torch.clear_autocast_cache()  # older torch keeps weights cast without a graph
-            random_states.append(_random_state())
+            random_states.append(RandomState())
             with torch.set_grad_enabled(last):
                 logps.append(_present(logps_fn(microbatch)))
-        after = _random_state()
+        after = RandomState()
 
         gathered = gather(processes, self._names, logps)
         _check_finite(gathered)
         policy = {name: whole.requires_grad_() for name, whole in gathered.whole.items() if _is_policy(name)}
-        value, metrics = self.loss(**gathered.whole, return_metrics=True)
+        value, metrics = self._whole_loss(gathered)
         gradients = torch.autograd.grad(scale * value, list(policy.values()), materialize_grads=True)
         cotangents = gathered.by_own_microbatch(dict(zip(policy, gradients, strict=True)))
 
         backward_fn(_weighted_sum(logps.pop(), cotangents.pop()))
         try:
             for microbatch, state, cotangent in zip(microbatches, random_states, cotangents, strict=False):
-                _restore_random_state(state)
+                state.restore()
                 backward_fn(surrogate_fn(microbatch, cotangent))
         finally:
-            _restore_random_state(after)
+            after.restore()
         return value.detach(), metrics
 
     def _one_pass(
@@ -222,21 +226,33 @@ class GlobalBatch(nn.Module):
             own = {n: v if _is_policy(n) else v.detach() for n, v in _present(logps_fn(microbatch)).items()}
             # The loss refuses NaN on the CPU, while other processes may be waiting in the backward.
             refused = any(value.device.type == "cpu" and not value.isfinite().all() for value in own.values())
+            value = _weighted_sum(own, {n: torch.zeros_like(v) for n, v in own.items() if _is_policy(n)})
             if mass and not refused:
-                backward_fn((scale * mass / total) * self.loss(**own))
-            else:
-                backward_fn(_weighted_sum(own, {n: torch.zeros_like(v) for n, v in own.items() if _is_policy(n)}))
+                try:
+                    value = (scale * mass / total) * self.loss(**own)
+                except (TypeError, ValueError) as error:
+                    problem = _as_overflow(error)
+            backward_fn(value)
             logps.append({name: value.detach() for name, value in own.items()})
 
-        gathered = gather(processes, self._names, logps)
+        gathered = gather(processes, self._names, logps, problem)
         _check_finite(gathered)
         with torch.no_grad():
-            value, metrics = self.loss(**gathered.whole, return_metrics=True)
+            value, metrics = self._whole_loss(gathered)
         weights = gathered.whole.get("weights")
         actual = float(weights.sum()) if weights is not None else sum(gathered.lengths[self._names[0]])
         if not math.isclose(actual, total, rel_tol=1e-4):
             raise ValueError(f"masses add up to {total:g}, but the samples to {actual:g}, so this gradient is wrong")
         return value, metrics
+
+    def _whole_loss(self, gathered: Gathered) -> tuple[Tensor, dict[str, Tensor]]:
+        try:
+            return self.loss(**gathered.whole, return_metrics=True)
+        except ValueError as error:
+            overflow = _as_overflow(error)
+            if overflow is error:
+                raise
+            raise overflow from error
 
     def _processes(self) -> Processes:
         if self.group is None and not (dist.is_available() and dist.is_initialized()):
@@ -274,18 +290,14 @@ def _check_finite(gathered: Gathered) -> None:
         raise NonFiniteError(message, positions)
 
 
+def _as_overflow(error: Exception) -> Exception:
+    """What a loss says on a CPU of finite numbers that it overflows for; on a GPU it is infinite then."""
+    return NonFiniteError(str(error)) if "too large" in str(error) else error
+
+
 def _surrogate(logps_fn: LogpsFunction, microbatch: Any, cotangents: dict[str, Tensor]) -> Tensor:
     return _weighted_sum(_present(logps_fn(microbatch)), cotangents)
 
 
 def _weighted_sum(logps: dict[str, Tensor], cotangents: dict[str, Tensor]) -> Tensor:
     return torch.stack([(cotangent * logps[name]).sum() for name, cotangent in cotangents.items()]).sum()
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-
-def _restore_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    torch.cuda.set_rng_state_all(state[1])

@@ -23,6 +23,7 @@ The loss (`robustloss.losses.WDPOLoss`) is an argument here: this module lies be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from robustloss._gather import Processes
+from robustloss._random import RandomState
 from robustloss.naive.gradient_penalty import gradient_penalty
 from robustloss.naive.token_logps import samples_dtype
 
@@ -78,24 +81,30 @@ def directional_step(
         The loss over all processes' pairs, its penalty exact, detached; and `WDPOLoss`'s metrics. The same everywhere.
 
     Raises:
-        ValueError: an exact loss; embeddings outside of the graph, or of another number of rows than 2B.
+        ValueError: an exact loss; embeddings outside of the graph, or of another number of rows than 2B; masses that
+            are not those of the pairs; numbers of microbatches that differ between processes.
     """
     if loss.differentiates_twice:
         raise ValueError("penalty 'exact' has no directions: call backward on the loss of LossModule.forward")
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
-    state = _RandomState()
+    state = RandomState()
     first: Any = logps_fn(microbatches[0], None)
     if masses is None:
         with torch.no_grad():
             others = [logps_fn(microbatch, None)[0] for microbatch in microbatches[1:]]
         masses = [float(_weights(arguments).double().sum()) for arguments in (first[0], *others)]
-    mass = float(_sum_over(group, torch.tensor(float(sum(masses)), dtype=torch.float64, device=first[1].device)))
+    problem = None
+    if len(masses) != len(microbatches):
+        problem = ValueError(f"masses must be {len(microbatches)} numbers, one a microbatch, got {list(masses)}")
+    processes = Processes(group, *((0, 1) if group is None else (group.rank(), group.size())))
+    rows = processes.agree(len(microbatches), [float(sum(masses))], problem, first[1].device)
+    mass = sum(row[0] for row in rows)
     scale = divisor * (1 if group is None else group.size()) / mass if mass else 0.0
     one_sided = loss.penalty == "one_sided"
     stretch, square = (float(loss.stretch), float(loss.mean_square)) if one_sided else (0.0, 0.0)
 
-    def further_passes(directions: _Directions, microbatch: Any, state: _RandomState, rho: float) -> None:
+    def further_passes(directions: _Directions, microbatch: Any, state: RandomState, rho: float) -> None:
         for offset, cotangents in directions.passes(rho):
             state.restore()
             logps = _logps(logps_fn(microbatch, offset)[0])
@@ -103,10 +112,10 @@ def directional_step(
             backward_fn(scale * (cotangents * logps).sum())
         directions.gradient = None
 
-    done: list[tuple[_Directions, Any, _RandomState]] = []
+    done: list[tuple[_Directions, Any, RandomState]] = []
     for index, microbatch in enumerate(microbatches):
         if index:
-            state = _RandomState()
+            state = RandomState()
             first = logps_fn(microbatch, None)
         arguments, embeddings = first
         first = None  # from here on nothing but this round's names keeps the graph alive
@@ -136,6 +145,10 @@ def directional_step(
         for each in done:
             further_passes(*each, rho)
     sums = _sums(loss, every, group)
+    if not math.isclose(float(sums["mass"]), mass, rel_tol=1e-4):
+        raise ValueError(
+            f"masses add up to {mass:g}, but the pairs to {float(sums['mass']):g}, so this gradient is wrong"
+        )
     if one_sided:
         loss.remember(sums["stretch"] / sums["mass"], sums["square"] / sums["mass"])
     return _value_and_metrics(loss, sums, every[0].logps.dtype)
@@ -153,7 +166,7 @@ def directional_loss(
         loss: a directional `WDPOLoss`.
         run: offset -> (arguments, embeddings), as `directional_step`'s logps_fn of one microbatch.
     """
-    training, state = torch.is_grad_enabled(), _RandomState()
+    training, state = torch.is_grad_enabled(), RandomState()
     with torch.enable_grad():
         logps, directions = _directions_of(loss, run, retain_graph=training)
     if not training:
@@ -182,6 +195,7 @@ def direction_error(module: Any, batch: dict[str, Tensor]) -> float:
         raise ValueError("penalty 'exact' has no directions, and so no error")
     check_double_backward(module)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    before = {name: buffer.clone() for name, buffer in loss.state_dict().items()}  # other processes' must stay equal
 
     def run(offset: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         return module.arguments_at(batch, offset)
@@ -191,7 +205,7 @@ def direction_error(module: Any, batch: dict[str, Tensor]) -> float:
         return [torch.zeros(()) if gradient is None else gradient.double() for gradient in gradients]
 
     with torch.enable_grad():
-        state = _RandomState()
+        state = RandomState()
         logps, directions = _directions_of(loss, run, retain_graph=True)
         mass = float(directions.weights.sum()) / 2
         factor = 1.0 if loss.squared else _rooted(1.0, float(directions.squares().sum()) / mass)
@@ -202,8 +216,13 @@ def direction_error(module: Any, batch: dict[str, Tensor]) -> float:
         weights = arguments.get("weights")
         penalty, _ = gradient_penalty(losses, embeddings, rho=1.0, squared=loss.squared, weights=weights)
         exact = gradient_of(penalty)
+    loss.load_state_dict(before)
+    state.restore()
     error = sum(float((mine - right).square().sum()) for mine, right in zip(ours, exact, strict=True))
-    return (error / sum(float(right.square().sum()) for right in exact)) ** 0.5
+    size = sum(float(right.square().sum()) for right in exact)
+    if size == 0:  # no pair has a slope, as beyond a hinge
+        return 0.0 if error == 0 else float("inf")
+    return (error / size) ** 0.5
 
 
 class _Directions:
@@ -313,7 +332,7 @@ def _directions_of(loss: Any, run: Any, *, retain_graph: bool) -> tuple[Tensor, 
     return logps, directions
 
 
-def _penalty_surrogate(directions: _Directions, logps: Tensor, run: Any, rho: float, state: _RandomState) -> Tensor:
+def _penalty_surrogate(directions: _Directions, logps: Tensor, run: Any, rho: float, state: RandomState) -> Tensor:
     """A sum of log-probabilities whose gradient is that of the penalty, times the sum of weights."""
     surrogate = torch.zeros_like(logps.sum())
     dtype = directions.dtype
@@ -330,7 +349,7 @@ def _penalty_surrogate(directions: _Directions, logps: Tensor, run: Any, rho: fl
     return surrogate
 
 
-def _measure_step(directions: _Directions, run: Any, state: _RandomState, group: dist.ProcessGroup | None) -> float:
+def _measure_step(directions: _Directions, run: Any, state: RandomState, group: dist.ProcessGroup | None) -> float:
     """The relative step at which the log-probabilities' central difference quotients are off by AIM; 0: not known yet.
 
     It is read off a step so long that rounding is nothing beside it; the error is of second order in the step.
@@ -348,19 +367,6 @@ def _measure_step(directions: _Directions, run: Any, state: _RandomState, group:
         return 0.0  # nothing to measure here: another step will
     step = LONG_STEP * (AIM * known / missed) ** 0.5 if missed > 0 else LONG_STEP
     return min(max(step, SHORT_STEP), LONG_STEP)
-
-
-class _RandomState:
-    """Where the random number generators stand, so that a later pass can draw the same numbers."""
-
-    def __init__(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._device = torch.get_device_module().get_rng_state() if torch.accelerator.is_available() else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._device is not None:
-            torch.get_device_module().set_rng_state(self._device)
 
 
 def _sums(loss: Any, every: Sequence[_Directions], group: dist.ProcessGroup | None) -> dict[str, Tensor]:

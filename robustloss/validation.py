@@ -51,7 +51,7 @@ def check_finite(name: str, value: Tensor) -> None:
 
 
 def check_magnitude(name: str, value: Tensor) -> None:
-    """Refuse NaN, infinity and numbers whose differences or squares overflow, where `check_finite` looks."""
+    """Refuse NaN, infinity and numbers so large that their differences overflow, where `check_finite` looks."""
     if value.device.type != "cpu" or torch.compiler.is_compiling() or not value.numel():
         return
     largest = value.detach().abs().max().item()

@@ -32,8 +32,8 @@ from robustloss import (
     KLDPOLoss,
     KTOLoss,
     WDPOLoss,
-    global_batch,
 )
+from robustloss._random import RandomState
 from robustloss.global_batch import NonFiniteError
 
 pytestmark = pytest.mark.filterwarnings("ignore:AOT")  # a microbatch of one class, or of one pair
@@ -196,7 +196,7 @@ def test_dropout_masks_are_those_of_one_pass_over_the_microbatches():
 
 
 def test_without_restored_generators_dropout_gives_another_gradient(monkeypatch):
-    monkeypatch.setattr(global_batch, "_restore_random_state", lambda state: None)
+    monkeypatch.setattr(RandomState, "restore", lambda state: None)
     wrong, _ = dropout_step(GlobalBatch(KLDPOLoss(0.5, tau=0.2)))
     monkeypatch.undo()
     right, _ = dropout_step(GlobalBatch(KLDPOLoss(0.5, tau=0.2)))

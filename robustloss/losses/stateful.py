@@ -10,7 +10,7 @@ from robustloss.losses.base import PreferenceLoss
 
 
 class StatefulLoss(PreferenceLoss):
-    """A loss that learns from its batches: in training mode every call updates its buffers, in evaluation none does.
+    """A loss that learns from its batches: a step of training updates its buffers, an evaluation does not.
 
     Under `robustloss.GlobalBatch` the batch is that of all processes and microbatches: the state is updated once a
     step, and is the same in every process.

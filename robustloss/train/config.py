@@ -252,7 +252,12 @@ def check_config(config: RunConfig) -> None:
                 "batch.effective_batch is 1: there is nothing to match; use 8 or more"
             )
         _check_reference(config)
-        if loss.differentiates_twice:
+        if config.penalty.check_every is not None and (not loss.needs_embeddings or loss.differentiates_twice):
+            raise ValueError(
+                "penalty.check_every compares loss 'wdpo' with penalty 'central' or 'one_sided' with the exact one; "
+                "set it to null with any other loss"
+            )
+        if _differentiates_twice(config):
             _check_double_backward(config)
 
 
@@ -271,22 +276,29 @@ def _check_reference(config: RunConfig) -> None:
 
 
 def _check_double_backward(config: RunConfig) -> None:
+    exact = build_loss(config.loss).differentiates_twice
+    subject = "loss 'wdpo' with penalty 'exact'" if exact else "penalty.check_every"
+    instead = "loss.penalty 'central'" if exact else "penalty.check_every=null"
     attention = attention_of(config)
     if config.zero_stage == 3:
         raise ValueError(
-            "loss 'wdpo' with penalty 'exact' differentiates the gradient, which ZeRO-3 cannot (it releases the "
-            "parameters between the two passes); use zero_stage 0, 1 or 2, or loss.penalty 'central'"
+            f"{subject} differentiates the gradient, which ZeRO-3 cannot (it releases the parameters between the two "
+            f"passes); use zero_stage 0, 1 or 2, or {instead}"
         )
     if attention != "eager":
         raise ValueError(
-            f"loss 'wdpo' with penalty 'exact' differentiates the gradient, which model.attn_implementation "
-            f"{attention!r} does not support; use 'eager', or loss.penalty 'central'"
+            f"{subject} differentiates the gradient, which model.attn_implementation {attention!r} does not support; "
+            f"use 'eager', or {instead}"
         )
+
+
+def _differentiates_twice(config: RunConfig) -> bool:
+    return build_loss(config.loss).differentiates_twice or config.penalty.check_every is not None
 
 
 def attention_of(config: RunConfig) -> str:
     """The attention that the model is loaded with: a loss that differentiates twice needs "eager"."""
-    fitting = "eager" if build_loss(config.loss).differentiates_twice else "sdpa"
+    fitting = "eager" if _differentiates_twice(config) else "sdpa"
     return config.model.attn_implementation or fitting
 
 

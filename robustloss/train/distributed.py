@@ -209,15 +209,6 @@ def together(action: Callable[[], Any]) -> Any:
     return result
 
 
-@contextmanager
-def naming_step(step: int) -> Iterator[None]:
-    """Say in a FloatingPointError at which step it came."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise FloatingPointError(f"step {step}: {error}") from error
-
-
 def mean_by_name(records: Iterable[tuple[dict[str, float], float]]) -> dict[str, float]:
     """Weighted means of (values by name, weight), over the records that hold a name with a number (not NaN)."""
     sums: dict[str, float] = {}

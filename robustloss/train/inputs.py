@@ -143,9 +143,9 @@ class BatchOrder:
     def total_steps(self, epochs: float) -> int:
         return max(1, math.ceil(epochs * self.rows / self.effective_batch))
 
-    def microbatch_rows(self, step: int, microstep: int, rank: int) -> list[int]:
+    def microbatch_rows(self, step: int, rank: int, microstep: int) -> list[int]:
         parts = self.processes * self.accumulation
-        part = microstep * self.processes + rank
+        part = rank * self.accumulation + microstep  # in the order in which a global batch is gathered
         start, end = (step * self.effective_batch + bound * self.effective_batch // parts for bound in (part, part + 1))
         return [self._row(position) for position in range(start, end)]
 

@@ -20,14 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from robustloss._version import __version__
-from robustloss.global_batch import NonFiniteError
 from robustloss.losses import PreferenceLoss
 from robustloss.train import distributed
 from robustloss.train.checkpoint import load_checkpoint, save_best, save_checkpoint, save_model
 from robustloss.train.config import InputError, RunConfig, build_loss, input_errors
 from robustloss.train.data import fingerprint
 from robustloss.train.evaluation import evaluate
-from robustloss.train.guard import Guard, discard_gradients, gradient_norm
+from robustloss.train.guard import Guard
 from robustloss.train.inputs import BatchOrder, Inputs, load_inputs
 from robustloss.train.interrupt import Preemption
 from robustloss.train.metrics import MetricsWriter, peak_memory_bytes
@@ -80,12 +79,17 @@ def _train(
     from robustloss.train.engine import build_engine
     from robustloss.train.loss_module import check_head
     from robustloss.train.references import build_references
-    from robustloss.train.step import accumulate_gradients, check_directions
+    from robustloss.train.step import take_step
 
     first, rank, world = distributed.is_first(), dist.get_rank(), dist.get_world_size()
     order = BatchOrder(
         len(inputs.examples["train"]), config.batch.effective_batch, config.batch.microbatch, world, config.seed
     )
+    if loss.differentiates_twice and loss.coupled and world * order.accumulation > 1:
+        raise InputError(
+            "loss 'wdpo' with penalty 'exact' and squared=false takes the root over one microbatch, which here is not "
+            "the step's batch; use loss.penalty 'central', loss.squared=true, or a microbatch of the whole batch"
+        )
     total_steps = config.max_steps or order.total_steps(config.epochs)
     if first:
         _warn_of_batches(config, loss, order)
@@ -135,32 +139,8 @@ def _train(
         return values["loss"]
 
     def microbatches(step: int) -> list[dict[str, Tensor]]:
-        rows = [order.microbatch_rows(step - 1, microstep, rank) for microstep in range(order.accumulation)]
+        rows = [order.microbatch_rows(step - 1, rank, microstep) for microstep in range(order.accumulation)]
         return [reference("train", inputs.collate("train", part, device)) for part in rows]
-
-    def train_step(step: int) -> dict[str, float] | None:
-        """What the step measured; None if it was left out."""
-        loss_before = {name: value.clone() for name, value in loss.state_dict().items()}
-        batches, values, reason = microbatches(step), {}, None
-        try:
-            value, told = accumulate_gradients(engine, batches)
-            values = {"loss": float(value), **{name: float(metric) for name, metric in told.items()}}
-            values["gradient_norm"] = gradient_norm(engine, preemption)
-            bad = [f"{name} is {values[name]}" for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
-            reason = " and ".join(bad)
-        except NonFiniteError as error:
-            reason = error
-        if reason:
-            discard_gradients(engine)
-            loss.load_state_dict(loss_before)
-            guard.skip(step, reason, lambda process, microstep: order.microbatch_rows(step - 1, microstep, process))
-            return None
-        if config.penalty.check_every and step % config.penalty.check_every == 0:
-            values |= check_directions(engine, batches[0])
-        engine.step()
-        guard.accept()
-        values["tokens"] = float(sum(batch["attention_mask"].sum() for batch in batches))
-        return values
 
     if done == 0:
         evaluation(0)
@@ -168,11 +148,21 @@ def _train(
     with Preemption(device) as preemption:
         for step in range(done + 1, total_steps + 1):
             step_began, learning_rate = time.monotonic(), engine.get_lr()[0]
-            values = train_step(step)
+            batches = microbatches(step)
+            values = take_step(
+                engine,
+                batches,
+                guard,
+                preemption,
+                step=step,
+                rows_of=partial(order.microbatch_rows, step - 1),
+                checks_directions=bool(config.penalty.check_every) and step % (config.penalty.check_every or 1) == 0,
+            )
             stops = preemption.requested() and step < total_steps
             saves = stops or (save_every > 0 and step % save_every == 0 and step < total_steps)
             if values is not None and (step % config.log_every == 0 or step in (1, total_steps) or saves):
-                values |= _sums_over_processes(values.pop("tokens"), device)
+                tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+                values |= _sums_over_processes(tokens, device)
                 values["tokens_per_second"] = values.pop("tokens") / (time.monotonic() - step_began)
                 values |= {"learning_rate": learning_rate, "skipped_steps": guard.skipped}
                 if step == 1 and first:
@@ -220,7 +210,7 @@ def _warn_of_batches(config: RunConfig, loss: PreferenceLoss, order: BatchOrder)
         )
 
 
-def _sums_over_processes(tokens: float, device: torch.device) -> dict[str, float]:
+def _sums_over_processes(tokens: int, device: torch.device) -> dict[str, float]:
     """The tokens of all processes, and the largest memory."""
     gathered = distributed.gather((tokens, peak_memory_bytes(device)))
     return {"tokens": sum(tokens for tokens, _ in gathered), "peak_memory_bytes": max(bytes_ for _, bytes_ in gathered)}

@@ -1,7 +1,8 @@
-"""One optimizer step's gradients: the loss of all processes' and all microbatches' samples as one batch."""
+"""One optimizer step: the loss of all processes' and all microbatches' samples as one batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,55 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from robustloss.global_batch import GlobalBatch
+from robustloss.global_batch import GlobalBatch, NonFiniteError
 from robustloss.penalty import direction_error, directional_step
 from robustloss.train.distributed import gather, mean_by_name
+from robustloss.train.guard import Guard, discard_gradients, gradient_norm
+from robustloss.train.interrupt import Preemption
 from robustloss.train.loss_module import loss_arguments
 
 Batch = dict[str, Tensor]
+
+
+def take_step(
+    engine: Any,
+    microbatches: list[Batch],
+    guard: Guard,
+    preemption: Preemption,
+    *,
+    step: int,
+    rows_of: Callable[[int, int], list[int]],
+    checks_directions: bool = False,
+) -> dict[str, float] | None:
+    """One optimizer step: its metrics; None where it was left out, as something in it was not finite.
+
+    Args:
+        step: its number, from 1.
+        rows_of: (process, microbatch) -> its rows of the training split.
+        checks_directions: also compare the directional penalty's gradient with the exact one.
+    """
+    loss = engine.module.loss
+    state = {name: value.clone() for name, value in loss.state_dict().items()}
+    reason, values = None, {}
+    try:
+        value, metrics = accumulate_gradients(engine, microbatches)
+        values = {"loss": float(value), **{name: float(metric) for name, metric in metrics.items()}}
+        values["gradient_norm"] = gradient_norm(engine, preemption)  # their flags travel together
+        bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
+        if bad:
+            reason = " and ".join(f"{name} is {values[name]}" for name in bad)
+    except FloatingPointError as error:
+        reason = error.with_traceback(None)  # which would keep a graph alive
+    if reason is not None:
+        discard_gradients(engine)
+        loss.load_state_dict(state)
+        guard.skip(step, reason, rows_of)
+        return None
+    if checks_directions:
+        values |= check_directions(engine, microbatches[0])
+    engine.step()
+    guard.accept()
+    return values
 
 
 def accumulate_gradients(engine: Any, microbatches: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -22,7 +66,7 @@ def accumulate_gradients(engine: Any, microbatches: list[Batch]) -> tuple[Tensor
     of the global batch. All processes call it, each with as many microbatches.
 
     Raises:
-        NonFiniteError: log-probabilities that are not finite, in all processes alike.
+        FloatingPointError: log-probabilities or a loss that are not finite, in all processes alike.
     """
     loss = engine.module.loss
     # DeepSpeed divides by it what it is given.
@@ -46,7 +90,8 @@ def accumulate_gradients(engine: Any, microbatches: list[Batch]) -> tuple[Tensor
 
     def arguments_at(batch: Batch, offset: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         logps = engine(batch, output="logps", embedding_offset=offset)
-        return loss_arguments(loss, logps, batch), engine.module.embeddings
+        embeddings, engine.module.embeddings = engine.module.embeddings, None  # not kept beyond the step
+        return loss_arguments(loss, logps, batch), embeddings
 
     return directional_step(loss, microbatches, arguments_at, backward, masses=sizes, divisor=divisor)
 
@@ -68,12 +113,21 @@ class _Backward:
 def _with_exact_penalty(
     engine: Any, microbatches: list[Batch], backward: Callable[[Tensor], None], divisor: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Exact WDPO differentiates inside the engine, microbatch by microbatch; so its root is that of a microbatch."""
+    """Exact WDPO differentiates inside the engine, microbatch by microbatch: its loss is a mean over them."""
     sizes = [len(batch["index"]) for batch in microbatches]
     total = sum(sum(sizes) for sizes in gather(sizes))
     records = []
     for batch, size in zip(microbatches, sizes, strict=True):
-        value: Tensor = engine(batch)
+        problem = None
+        try:
+            value: Tensor = engine(batch)
+        except FloatingPointError as error:  # in this process alone
+            problem, value = str(error), torch.zeros(())
+        if not bool(value.isfinite()):
+            problem = f"the loss is {float(value.detach())}"
+        problems = [problem for problem in gather(problem) if problem]
+        if problems:
+            raise NonFiniteError(problems[0])
         backward(value * (divisor * dist.get_world_size() * size / total))
         metrics = {name: float(metric) for name, metric in engine.module.metrics.items()}
         records.append(({"loss": float(value.detach()), **metrics}, float(size)))

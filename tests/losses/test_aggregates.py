@@ -40,7 +40,7 @@ def sample(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["uniform", "weighted"])
-@pytest.mark.parametrize(("aggregate", "naive"), NAIVE, ids=str)
+@pytest.mark.parametrize(("aggregate", "naive"), NAIVE, ids=[str(aggregate) for aggregate in AGGREGATES])
 def test_the_loss_is_the_papers_formula_of_the_pairs_losses(aggregate, naive, weights):
     logps = sample()
     losses = DPOLoss(0.3, reduction="none")(*logps)
@@ -56,7 +56,7 @@ def test_the_loss_is_the_papers_formula_of_the_pairs_losses(aggregate, naive, we
     torch.testing.assert_close(same, {name: metrics[name] for name in same}, **CLOSE)
 
 
-@pytest.mark.parametrize(("aggregate", "naive"), NAIVE, ids=str)
+@pytest.mark.parametrize(("aggregate", "naive"), NAIVE, ids=[str(aggregate) for aggregate in AGGREGATES])
 def test_a_reweighting_reports_its_weights(aggregate, naive):
     metrics = DPOLoss(0.3, aggregate=aggregate)(*sample(), return_metrics=True)[1]
     tilt = {name: value for name, value in metrics.items() if name.startswith("tilt/")}

@@ -112,15 +112,15 @@ def run(case: str, stage: int, microbatch: int) -> dict[str, float]:
     for step in range(STEPS):
         whole = [
             row
-            for microstep in range(order.accumulation)
             for process in range(world)
-            for row in order.microbatch_rows(step, microstep, process)
+            for microstep in range(order.accumulation)
+            for row in order.microbatch_rows(step, process, microstep)
         ]
         plain.zero_grad()
         value = exact(batch_of(loss, columns, whole))
         value.backward()
 
-        own = [batch_of(loss, columns, order.microbatch_rows(step, each, rank)) for each in range(order.accumulation)]
+        own = [batch_of(loss, columns, order.microbatch_rows(step, rank, each)) for each in range(order.accumulation)]
         ours, _ = accumulate_gradients(engine, own)
         gradients = {name: safe_get_full_grad(parameter) for name, parameter in parameters.items()}
         expected = {name: parameter.grad for name, parameter in exact.model.named_parameters()}

@@ -168,9 +168,9 @@ def test_each_epoch_holds_every_row_once_and_every_step_is_full():
     stream = [
         row
         for step in range(steps)
-        for microstep in range(2)
         for rank in range(2)
-        for row in order.microbatch_rows(step, microstep, rank)
+        for microstep in range(2)
+        for row in order.microbatch_rows(step, rank, microstep)
     ]
     epochs = [stream[start : start + 10] for start in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -185,9 +185,9 @@ def test_a_step_holds_the_same_rows_however_it_is_dealt(effective, microbatch, p
     dealt = BatchOrder(rows=10, effective_batch=effective, microbatch=microbatch, processes=processes, seed=0)
     for step in range(4):
         parts = [
-            dealt.microbatch_rows(step, microstep, rank)
-            for microstep in range(dealt.accumulation)
+            dealt.microbatch_rows(step, rank, microstep)
             for rank in range(processes)
+            for microstep in range(dealt.accumulation)
         ]
         assert list(itertools.chain(*parts)) == whole.microbatch_rows(step, 0, 0)
         sizes = {len(part) for part in parts}
@@ -350,6 +350,14 @@ def test_a_step_that_is_not_finite_is_left_out(train, monkeypatch, caplog, where
     assert [(row["step"], row["skipped_steps"]) for row in rows] == [(1, 0), (2, 0), (4, 1)]
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert "step 3" in caplog.text
+
+
+@pytest.mark.parametrize("penalty", ["central", "one_sided"])
+def test_directions_are_checked_on_the_fly(train, penalty):
+    rows = metrics_of(train(loss={"name": "wdpo", "penalty": penalty}, penalty={"check_every": 2}), "train")
+    errors = {row["step"]: row["penalty/direction_error"] for row in rows if "penalty/direction_error" in row}
+    assert list(errors) == [4]  # step 2 is checked too, and not logged
+    assert 0 < errors[4] < 0.01
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(train, monkeypatch, capsys):
