@@ -63,7 +63,8 @@ def run(config: RunConfig) -> Path:
             if distributed.is_first():
                 print(f"{run_dir} stopped as it was asked to, {left} step(s) before its end; the same command goes on")
             return run_dir
-        return _finish(run_dir, "is finished", redraw=True)
+        distributed.on_first(partial(_finish, run_dir, "is finished", redraw=True))
+        return run_dir
 
 
 def _train(
@@ -159,7 +160,8 @@ def _train(
                 checks_directions=bool(config.penalty.check_every) and step % (config.penalty.check_every or 1) == 0,
             )
             stops = preemption.requested() and step < total_steps
-            saves = stops or (save_every > 0 and step % save_every == 0 and step < total_steps)
+            due = save_every > 0 and step % save_every == 0 and step < total_steps
+            saves = stops or (due and values is not None)  # not in a row of steps that were left out
             if values is not None and (step % config.log_every == 0 or step in (1, total_steps) or saves):
                 tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
                 values |= _sums_over_processes(tokens, device)
@@ -186,9 +188,8 @@ def _train(
             done = step
             if stops:
                 break
-
-    if done == total_steps:
-        save_model(engine, config, inputs.tokenizer, run_dir / "model")
+        if done == total_steps:
+            save_model(engine, config, inputs.tokenizer, run_dir / "model")
     metrics.close()
     dist.barrier()
     return total_steps - done

@@ -87,7 +87,9 @@ def evaluations(result):
 def test_the_loss_falls_the_margins_rise_and_nothing_warns(results, world, cell):
     result = results(world)[cell_name(*cell)]
     assert "error" not in result, result["error"]
-    assert result["warnings"] == []
+    # Three passes are summed in bfloat16 there, which is to be said.
+    fair = "sums the gradients of a step in bf16" if cell[:3] == ("wdpo", 0, "bf16") else None
+    assert [warning for warning in result["warnings"] if fair is None or fair not in warning] == []
     before, after = evaluations(result)
     assert after["loss"] < before["loss"] - 0.02
     assert after["rewards/margins"] > before["rewards/margins"] + 0.05
