@@ -33,7 +33,8 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
         alpha: how much a nat of margin beyond M_0 changes beta, relative to it, >= 0; 0 keeps beta.
         filter_ratio: the share of pairs left out in training, 0 <= . < 1 (at least one pair stays).
         momentum: m, 0 <= . < 1.
-        filtering: "sample", as above, or "nearest": those nearest to M_0 stay, without chance.
+        filtering: "sample", as above, drawn by place in the batch, or "nearest": those nearest to M_0 stay, without
+            chance.
         seed: of the draws. They depend on it and on the number of training batches so far, which is part of the state:
             a resumed run draws as if it had never stopped. (On a GPU, reading that number waits for the device.)
         reduction: "mean"; "none" is refused, as the loss couples the batch.
