@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -33,7 +34,12 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     if folder.exists():  # a rename replaces no folder that holds something
         remove_folder(previous_of(folder))
         os.replace(folder, previous_of(folder))
-    os.replace(temporary, folder)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        with suppress(OSError):  # the first error is the one to tell
+            recover_folder(folder)
+        raise
     sync(folder.parent)
     remove_folder(previous_of(folder))
 

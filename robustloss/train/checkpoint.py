@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from robustloss._files import recover_folder, remove_folder, replace_folder
+from robustloss._files import recover_folder, remove_folder, replace_folder, sync
 from robustloss.train.config import DiskError, InputError, RunConfig
 from robustloss.train.distributed import gather, on_first, random_state, seed_anew, set_random_state, together
 
@@ -58,6 +59,7 @@ def save_checkpoint(
         for old in _superseded(completed_checkpoints(folder), keep):
             # First, so that a kill in between leaves no checkpoint that only looks whole.
             os.replace(old, old.with_name(old.name + ".tmp"))
+            sync(folder)
             shutil.rmtree(old.with_name(old.name + ".tmp"))
 
     with _unwritable(f"checkpoint {checkpoint}", temporary):
@@ -74,6 +76,7 @@ def load_checkpoint(engine: Any, folder: Path, seed: int) -> dict[str, Any] | No
 
     Raises:
         InputError: a file is cut short, or holds anything but tensors and numbers: nothing of it has been run.
+        DiskError: the files cannot be read, or not be converted, for a reason that is not in them.
     """
     from robustloss.train import checkpoint_files, universal
 
@@ -166,7 +169,10 @@ def _unwritable(what: str, temporary: Path, *others: type[Exception]) -> Iterato
 
 @contextmanager
 def _unreadable(checkpoint: Path) -> Iterator[None]:
-    """A file that is cut short, overwritten or not to be trusted is told by its folder, with what to do about it."""
+    """A file that is cut short, overwritten or not to be trusted is told by its folder, with what to do about it.
+
+    A lost process and a lack of memory pass: there is nothing wrong with the files.
+    """
     try:
         yield
     except InputError:
@@ -176,8 +182,21 @@ def _unreadable(checkpoint: Path) -> Iterator[None]:
             f"checkpoint {checkpoint} holds other things than tensors and numbers, which could run code, and is not "
             "loaded; remove that folder, and the run goes on from the one before it"
         ) from error
-    except (OSError, RuntimeError, EOFError, AssertionError, KeyError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise DiskError(
+            f"checkpoint {checkpoint} cannot be read ({error}); it may well be whole, and the same command tries again"
+        ) from error
+    except (RuntimeError, EOFError, AssertionError, LookupError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and not _of_the_content(error):
+            raise
         raise InputError(
             f"checkpoint {checkpoint} cannot be read ({' '.join(str(error).split())[:200]}); remove that folder, and "
             "the run goes on from the one before it"
         ) from error
+
+
+def _of_the_content(error: RuntimeError) -> bool:
+    """Whether it is about keys, shapes or archives, and not of a lost process or a lack of memory."""
+    if isinstance(error, dist.DistError | torch.OutOfMemoryError):
+        return False
+    return any(sign in str(error) for sign in ("state_dict", "size of tensor", "shape", "PytorchStreamReader"))

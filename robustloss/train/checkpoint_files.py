@@ -5,7 +5,10 @@ DeepSpeed reads its files by torch.load(weights_only=False), so that a checkpoin
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +25,14 @@ from robustloss.train.distributed import quiet_stdout
 # What DeepSpeed keeps beside tensors: records of numbers, which do nothing when they are made.
 RECORDS = (fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler)
 
+# What torch.save says of a file that it could not write to its end.
+WRITER_ERRORS = ("unexpected pos", "PytorchStreamWriter", "iostream error")
+
 
 class _DurableFiles(TorchCheckpointEngine):
     """Keeps the first error of writing: raised within DeepSpeed, it would leave the other processes at a barrier."""
 
-    error: OSError | None = None
+    error: Exception | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
@@ -34,8 +40,15 @@ class _DurableFiles(TorchCheckpointEngine):
                 torch.save(state_dict, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            self.error = self.error or error
+        except Exception as error:
+            self.error = self.error or _of_the_disk(error)
+
+
+def _of_the_disk(error: Exception) -> Exception:
+    """The error of the disk that torch.save replaced by its own: its archive no longer adds up where a write failed."""
+    if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in WRITER_ERRORS):
+        return error
+    return error.__context__ if isinstance(error.__context__, OSError) else OSError(errno.EIO, f"torch.save: {error}")
 
 
 def write(engine: Any, folder: Path, state: dict[str, Any]) -> None:
@@ -62,12 +75,33 @@ def check(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Read the structure of every parts-th file, from `part` on, without the tensors.
 
     Raises:
-        pickle.UnpicklingError: a file holds something other than tensors and numbers; nothing of it has been run.
-        RuntimeError, EOFError: a file that is cut short or overwritten.
+        pickle.UnpicklingError, ValueError, OSError: as `load_structure`.
     """
-    with tensors_only():
-        for file in sorted(folder.rglob("*.pt"))[part::parts]:
-            torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    for file in sorted(folder.rglob("*.pt"))[part::parts]:
+        load_structure(file)
+
+
+def load_structure(file: Path) -> Any:
+    """A file's content, whose tensors stay on the disk until they are used.
+
+    Raises:
+        pickle.UnpicklingError: it holds something other than tensors and numbers; nothing of it has been run.
+        ValueError: it is cut short or overwritten.
+        OSError: it cannot be read for a reason that is not in the file, such as too many open files.
+    """
+    try:
+        with tensors_only():
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # invalid: a place before the file's start
+            raise
+        machine = re.search(r"unable to (?:open|mmap) .*\((\d+)\)", str(error))
+        if machine:
+            number = int(machine[1])
+            raise OSError(number, os.strerror(number), str(file)) from error
+        raise ValueError(f"{file.name}: {error}") from error
 
 
 @contextmanager

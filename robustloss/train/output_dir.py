@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import IO, Any
@@ -16,11 +18,17 @@ from robustloss.train.checkpoint import remove_unfinished
 from robustloss.train.config import FREE_KEYS, InputError, RunConfig, flatten, save_config
 from robustloss.train.run_folder import links_in
 
-# What a run leaves in its folder, and what resume=false removes.
+# What makes a folder a run's: the first files it writes, and the last that resume=false removes.
+NOTES = ("config.yaml", "environment.json")
+# What a run leaves in its folder beside them, and what resume=false removes.
 RESULTS = (
     "checkpoints",
     "evaluations",
+    "best.old",
+    "best.tmp",
     "best",
+    "model.old",
+    "model.tmp",
     "model",
     "tensorboard",
     "figures",
@@ -28,6 +36,16 @@ RESULTS = (
     "report.html",
     "starts.jsonl",
 )
+# What a kill leaves of files that were being written.
+TEMPORARIES = (
+    *(f"{name}.*.tmp" for name in (*NOTES, "starts.jsonl", "metrics.jsonl", "report.html")),
+    "evaluations/step_*.json.*.tmp",
+    "figures/*.png.*.tmp",
+)
+# The file systems' ways to say that they hold no locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_folder(run_dir: Path) -> IO[str]:
@@ -49,6 +67,10 @@ def prepare_folder(run_dir: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise refused_folder(run_dir, "another run is at work in it") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise refused_folder(run_dir, str(error.strerror)) from error
+        logger.warning("%s: its file system holds no locks, so that a second run in it cannot be kept out", run_dir)
     return lock
 
 
@@ -65,18 +87,19 @@ def open_run(config: RunConfig, environment: dict[str, Any]) -> None:
     for name in ("best", "model"):
         remove_folder(run_dir / f"{name}.tmp")
         recover_folder(run_dir / name)
-    for path in (*run_dir.glob("*.tmp"), *(run_dir / "evaluations").glob("*.tmp")):
+    for path in [path for pattern in TEMPORARIES for path in run_dir.glob(pattern) if path.is_file()]:
         path.unlink()
+    # These two first: what stands in a folder without them is taken for somebody else's.
+    save_config(config, run_dir / "config.yaml")
     replace_file(run_dir / "environment.json", json.dumps(environment, indent=2))
     starts = run_dir / "starts.jsonl"  # the environment of every start; the file above is of the newest
     before = starts.read_text() if starts.exists() else ""
     replace_file(starts, before + json.dumps(environment) + "\n")
-    save_config(config, run_dir / "config.yaml")
 
 
 def is_run(run_dir: Path) -> bool:
     """Whether the folder is a run's, and not just anything that stands there."""
-    return (run_dir / "config.yaml").is_file() and (run_dir / "environment.json").is_file()
+    return all((run_dir / name).is_file() for name in NOTES)
 
 
 def _clear(config: RunConfig, run_dir: Path) -> None:
@@ -94,7 +117,7 @@ def _clear(config: RunConfig, run_dir: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    for name in ("config.yaml", "environment.json"):  # last: a kill in between leaves what is still a run's folder
+    for name in NOTES:  # last: a kill in between leaves what is still a run's folder
         (run_dir / name).unlink(missing_ok=True)
 
 

@@ -5,19 +5,25 @@ ZeRO-0 keeps everything in every process, and needs none of this.
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from contextlib import redirect_stderr
+from fnmatch import fnmatch
 from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.checkpoint.constants import AUTOEP_LAYERS_KEY, AUTOEP_LAYERS_KEY_LEGACY
 
 from robustloss._files import remove_folder
 from robustloss.train import checkpoint_files
-from robustloss.train.config import InputError
+from robustloss.train.config import DiskError
 from robustloss.train.distributed import on_first, quiet_stdout, together
+
+# Where DeepSpeed's automatic expert parallelism keeps its layers, with an expert_key_prefix that becomes a path.
+EXPERT_KEYS = (AUTOEP_LAYERS_KEY, AUTOEP_LAYERS_KEY_LEGACY)
 
 
 def read(engine: Any, folder: Path) -> dict[str, Any]:
@@ -29,12 +35,7 @@ def read(engine: Any, folder: Path) -> dict[str, Any]:
         return together(partial(checkpoint_files.read, engine, folder))
     temporary = folder.with_name(folder.name + ".universal.tmp")
     on_first(partial(_check_names, folder, set(engine.module.state_dict())))
-    try:
-        on_first(partial(_convert, folder, temporary))
-    except OSError as error:
-        raise InputError(
-            f"checkpoint {folder} is of another number of processes, and cannot be converted in {temporary} ({error})"
-        ) from error
+    on_first(partial(_convert, folder, temporary))
     weight_decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
     try:
@@ -54,20 +55,20 @@ def read(engine: Any, folder: Path) -> dict[str, Any]:
 
 def _check_names(folder: Path, known: set[str]) -> None:
     """Refuse names that are not the model's: the conversion makes paths of them."""
-    with checkpoint_files.tensors_only():
-        for file in sorted(folder.glob("*.pt")):
-            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            groups = [content.get("module", {}), *(content.get("param_shapes") or [])]
-            groups += content.get("optimizer_state_dict", {}).get("param_slice_mappings", [])
-            unknown = {str(name) for group in groups for name in group} - known
-            if unknown:
-                raise ValueError(f"the model has no {min(unknown)!r}")
+    for file in sorted(folder.glob("*.pt")):
+        content = checkpoint_files.load_structure(file)
+        if fnmatch(file.name, "layer_*_expert_*") or any(content.get(key) for key in EXPERT_KEYS):
+            raise ValueError(f"{file.name} is of a mixture of experts, whose names cannot be checked")
+        groups = [content.get("module", {}), *(content.get("param_shapes") or [])]
+        groups += content.get("optimizer_state_dict", {}).get("param_slice_mappings", [])
+        unknown = {str(name) for group in groups for name in group} - known
+        if unknown:
+            raise ValueError(f"the model has no {min(unknown)!r}")
 
 
 def _convert(folder: Path, temporary: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
-    remove_folder(temporary)
     options = Namespace(
         input_folder=str(folder),
         output_folder=str(temporary / "universal"),  # a note of the newest is written beside it
@@ -77,15 +78,25 @@ def _convert(folder: Path, temporary: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with quiet_stdout(), redirect_stderr(StringIO()), checkpoint_files.tensors_only():  # it has a progress bar
-        ds_to_universal.main(options)
+    try:
+        remove_folder(temporary)
+        with quiet_stdout(), redirect_stderr(StringIO()), checkpoint_files.tensors_only():  # it has a progress bar
+            ds_to_universal.main(options)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # The file's own structure has been checked: what torch.save says here is of the disk.
+        if isinstance(error, OSError | RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            raise DiskError(
+                f"checkpoint {folder} is of another number of processes, and cannot be converted in {temporary} "
+                f"({' '.join(str(error).split())[:200]}); the checkpoint is as it was"
+            ) from error
+        raise
 
 
 def _load_buffers(engine: Any, folder: Path) -> None:
     """Such as the state of a loss: DeepSpeed leaves them out."""
     file = sorted(folder.glob("*model_states.pt"))[0]
-    with checkpoint_files.tensors_only():
-        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    saved = checkpoint_files.load_structure(file)
     buffers = dict(engine.module.named_buffers())
     for name in saved["buffer_names"]:
         buffers[name].copy_(saved["module"][name])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kills import Killed, kill_at
 from safetensors.torch import load_file
 from shared_state_worker import cut_back
 
@@ -21,7 +23,7 @@ from robustloss import _files
 from robustloss._files import recover_folder, replace_file, replace_folder
 from robustloss.train import checkpoint, checkpoint_files, distributed
 from robustloss.train.checkpoint import completed_checkpoints, load_checkpoint, remove_unfinished, save_checkpoint
-from robustloss.train.config import InputError, load_config
+from robustloss.train.config import DiskError, InputError, load_config
 from robustloss.train.loop import run
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -56,26 +58,6 @@ def engine(alone):
 
 def steps(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step_")) for path in completed_checkpoints(folder)]
-
-
-class Killed(BaseException):
-    """What a kill -9 is to the code that it hits: nothing behind it is executed."""
-
-
-def kill_at(monkeypatch, count: int) -> None:
-    """Kill at the `count`-th call that changes the disk or waits for it."""
-    calls = iter(range(count))
-
-    def killing(function):
-        def call(*arguments, **options):
-            if next(calls, None) is None:
-                raise Killed
-            return function(*arguments, **options)
-
-        return call
-
-    for module, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (os, "rmdir"), (torch, "save")):
-        monkeypatch.setattr(module, name, killing(getattr(module, name)))
 
 
 def test_a_kill_at_any_point_leaves_the_old_checkpoint_or_the_new_one(engine, tmp_path):
@@ -124,6 +106,19 @@ def test_a_kill_at_any_point_leaves_the_old_folder_or_the_new_one(tmp_path):
     assert left == {"old", "new"}
 
 
+def test_a_folder_that_cannot_be_replaced_is_back_at_its_place(tmp_path, monkeypatch):
+    folder, new = tmp_path / "folder", tmp_path / "folder.tmp"
+    for path in (folder, new):
+        path.mkdir()
+        (path / path.name).write_text("")
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, to: full() if old == new else replace(old, to))
+    with pytest.raises(OSError, match="No space left"):
+        replace_folder(new, folder)
+    assert [path.name for path in folder.iterdir()] == ["folder"]
+    assert not (tmp_path / "folder.old").exists()
+
+
 def test_what_is_renamed_is_on_the_disk_before(engine, tmp_path, monkeypatch):
     """Every file and folder of a checkpoint is synced before it gets its name, and the folder around it after that."""
     events, fsync, replace = [], os.fsync, os.replace
@@ -139,6 +134,16 @@ def test_what_is_renamed_is_on_the_disk_before(engine, tmp_path, monkeypatch):
     replace_file(tmp_path / "file", "text")
     assert events[1:] == ["rename", str(tmp_path)]
     assert Path(events[0]).parent == tmp_path
+
+
+def test_a_superseded_checkpoint_has_lost_its_name_on_the_disk_before_it_is_removed(engine, tmp_path, monkeypatch):
+    save_checkpoint(engine, tmp_path, 1, {}, keep=1)
+    events, fsync, replace, rmtree = [], os.fsync, os.replace, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append(Path(paths[1]).name), replace(*paths)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (events.append(f"remove {path.name}"), rmtree(path)))
+    save_checkpoint(engine, tmp_path, 2, {}, keep=1)
+    assert events[-3:] == ["step_00000001.tmp", str(tmp_path), "remove step_00000001.tmp"]
 
 
 def test_the_newest_and_the_best_are_kept(engine, tmp_path):
@@ -210,6 +215,139 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_is_told(engine, tmp_path):
     assert files.error.errno == errno.ENOSPC
 
 
+def test_a_disk_that_is_full_anywhere_in_a_file_is_told(tmp_path):
+    """By the limit to a file's size: behind the first tensors, torch.save has an error of its own for it."""
+    state = {str(index): torch.full((3000,), float(index)) for index in range(40)}
+    torch.save(state, tmp_path / "whole.pt")
+    size = (tmp_path / "whole.pt").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, *range(1, size, size // 20), size - 1):
+        files = checkpoint_files._DurableFiles()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            files.save(state, str(tmp_path / "file.pt"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert isinstance(files.error, OSError)
+        assert files.error.errno == errno.EFBIG
+
+
+def test_whatever_fails_in_writing_is_raised_behind_deepspeed(engine, tmp_path, monkeypatch):
+    """Raised within it, the other processes would wait for this one."""
+
+    (tmp_path / "step_00000001").mkdir()
+
+    def failing(*arguments, **options):
+        raise MemoryError("no room")
+
+    left = []
+    save = Engine.save_checkpoint
+    monkeypatch.setattr(Engine, "save_checkpoint", lambda *args, **named: (save(*args, **named), left.append(True)))
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(MemoryError, match="no room"):
+        checkpoint_files.write(engine, tmp_path / "step_00000001", {})
+    assert left == [True]
+
+
+def test_a_file_that_is_cut_short_anywhere_is_told_from_one_that_cannot_be_opened(tmp_path, monkeypatch):
+    file = tmp_path / "file.pt"
+    torch.save({"weights": torch.zeros(10_000)}, file)
+    whole = file.read_bytes()
+    for length in (0, 1, 4, 1000, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"^file\.pt: "):
+            checkpoint_files.load_structure(file)
+    file.write_bytes(whole)
+
+    def failing(*arguments, **options):
+        raise RuntimeError(f"unable to mmap 40000 bytes from file <{file}>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(OSError, match="Cannot allocate memory") as raised:
+        checkpoint_files.load_structure(file)
+    assert raised.value.errno == errno.ENOMEM
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "message"),
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO)), DiskError, "Input/output error"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), DiskError, "Too many open files"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), DiskError, "Permission denied"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), RuntimeError, "closed by peer"),
+        (torch.distributed.DistNetworkError("the shape of things"), torch.distributed.DistNetworkError, "shape"),
+        (torch.OutOfMemoryError("CUDA out of memory, max_split_size_mb"), torch.OutOfMemoryError, "memory"),
+        (RuntimeError("Error(s) in loading state_dict for Model: size mismatch"), InputError, "remove that folder"),
+        (KeyError("optimizer_state"), InputError, "remove that folder"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_checkpoint_is_to_be_removed_only_for_what_is_wrong_with_it(
+    engine, tmp_path, monkeypatch, error, told, message
+):
+    save_checkpoint(engine, tmp_path, 1, {"value": 1}, keep=1)
+
+    def failing(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "load_checkpoint", failing)
+        with pytest.raises(told, match=message) as raised:
+            load_checkpoint(engine, tmp_path, seed=0)
+    assert type(raised.value) is told
+    assert ("remove that folder" in str(raised.value)) == (told is InputError)
+    assert load_checkpoint(engine, tmp_path, seed=0)["value"] == 1
+
+
+@pytest.fixture
+def of_two(tiny, tmp_path):
+    """Settings of a run whose one checkpoint says that it is of two processes, so that it is converted."""
+    settings = tiny.settings(tmp_path / "run", zero_stage=1, save_every=1, max_steps=2)
+    run_dir = run(load_config(None, base=settings))
+    shutil.rmtree(run_dir / "model")
+    (newest,) = completed_checkpoints(run_dir / "checkpoints")
+    marker = json.loads((newest / "COMPLETED").read_text())
+    (newest / "COMPLETED").write_text(json.dumps({**marker, "processes": 2}))
+    return settings, newest
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 470"),
+    ],
+    ids=["of the disk", "of torch.save"],
+)
+def test_a_conversion_without_room_leaves_the_checkpoint_and_nothing_else(of_two, monkeypatch, error):
+    settings, newest = of_two
+
+    def failing(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", failing)
+        with pytest.raises(DiskError, match=rf"cannot be converted in {newest}\.universal\.tmp \(") as raised:
+            run(load_config(None, base=settings))
+    assert "remove that folder" not in str(raised.value)
+    assert [path.name for path in newest.parent.iterdir()] == [newest.name]
+    run(load_config(None, base=settings))
+
+
+@pytest.mark.parametrize("key", ["ds_autoep_layers", "autoep_layers", None])
+def test_a_mixture_of_experts_is_refused_whose_names_would_become_paths(of_two, tmp_path, key):
+    settings, newest = of_two
+    file = newest / "mp_rank_00_model_states.pt"
+    layers = [{"moe_layer_id": 0, "expert_key_prefix": "../../../../../away"}]
+    if key:
+        torch.save({**torch.load(file, weights_only=False), key: layers}, file)
+    else:
+        torch.save({"../../../../../away": torch.zeros(1)}, newest / "layer_0_expert_0_mp_rank_00_model_states.pt")
+    with pytest.raises(InputError, match="is of a mixture of experts"):
+        run(load_config(None, base=settings))
+    assert not list(tmp_path.rglob("away*"))
+
+
 class Bomb:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -242,7 +380,7 @@ def test_nothing_runs_even_where_the_code_that_loads_asks_for_it(tmp_path, monke
     """As DeepSpeed does, and the environment may."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     (tmp_path / "file.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    with pytest.raises(RuntimeError):  # not the archive that torch.save writes
+    with pytest.raises(ValueError, match=r"file\.pt: "):  # not the archive that torch.save writes
         checkpoint_files.check(tmp_path)
     torch.save(Bomb(tmp_path / "exploded"), tmp_path / "file.pt")
     with checkpoint_files.tensors_only(), pytest.raises(pickle.UnpicklingError):
@@ -282,6 +420,7 @@ def test_the_best_model_is_a_folder_of_its_own(tiny, tmp_path, monkeypatch, alon
 CELLS = {
     "zero0": {"zero_stage": 0},
     "zero1": {"zero_stage": 1},
+    "zero1, bf16": {"zero_stage": 1, "precision": "bf16"},
     "zero2, bf16": {"zero_stage": 2, "precision": "bf16"},
     "zero2, LoRA": {"zero_stage": 2, "lora": {"r": 4, "dropout": 0.0}},
     "zero3": {"zero_stage": 3},
