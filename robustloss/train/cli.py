@@ -44,20 +44,6 @@ Exit codes: 0 finished, or stopped by SIGTERM; 2 a mistake in the settings or th
 3 another process was lost; 130 interrupted from the keyboard; 1 anything else, such as a full disk.
 """
 
-# What a machine has run out of or does not let a run do; any other OSError is a bug, and keeps its traceback.
-MACHINE_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EMFILE,
-    errno.ENOMEM,
-    errno.ESTALE,
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (see `robustloss train --help`); an error is told in one line."""
@@ -73,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     # The loop, torch and transformers take seconds to import; --help should not wait for them.
     try:
-        from robustloss.train.config import DiskError, InputError, load_config
-        from robustloss.train.distributed import LostProcessError, telling_lost_processes
+        from robustloss.train.config import MACHINE_ERRORS, DiskError, InputError, load_config
+        from robustloss.train.distributed import LostProcessError, raised_by_all, telling_lost_processes
         from robustloss.train.guard import TooManySkippedSteps
         from robustloss.train.loop import run
     except ModuleNotFoundError as error:
@@ -84,15 +70,19 @@ def _train(arguments: argparse.Namespace) -> int:
 
     try:
         with telling_lost_processes(), _telling_full_disks():
-            if arguments.config is None and not _names_own_inputs(arguments.overrides):
-                config = _demo(arguments.overrides)
-            else:
-                config = load_config(arguments.config, arguments.overrides)
+            demo = arguments.config is None and not _names_own_inputs(arguments.overrides)
+            with raised_by_all():  # who are given the same command line
+                config = (
+                    _demo_config(arguments.overrides) if demo else load_config(arguments.config, arguments.overrides)
+                )
+            if demo:
+                _prepare_demo(config)
             run(config)
     except DiskError as error:
-        return _fail(str(error), code=1) if _speaks() else 1
-    except (InputError, TooManySkippedSteps) as error:
-        # Every process finds the same mistake; one of each host tells it.
+        return _fail(str(error), code=1) if _speaks(error) else 1
+    except InputError as error:
+        return _fail(str(error)) if _speaks(error) else 2
+    except TooManySkippedSteps as error:  # which every process finds
         return _fail(str(error)) if _speaks() else 2
     except FloatingPointError as error:
         return _fail(str(error))  # it may be one process's alone
@@ -161,34 +151,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _speaks() -> bool:
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+def _speaks(error: Exception | None = None) -> bool:
+    """Whether this process tells an error: one of each host does where all raise it, and everyone its own."""
+    first_of_host = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if first_of_host or error is None:
+        return first_of_host
+    from robustloss.train.distributed import is_raised_by_all
+
+    return not is_raised_by_all(error)
 
 
 def _names_own_inputs(overrides: Sequence[str]) -> bool:
     return any(override.startswith(("model.name_or_path=", "data.train=")) for override in overrides)
 
 
-def _demo(overrides: Sequence[str]) -> RunConfig:
-    """The demonstration's settings; its data and model are made by the first process while the others wait."""
-    from robustloss.train import distributed
-    from robustloss.train.config import input_errors, load_config, read_overrides
-    from robustloss.train.demo import demo_settings, prepare_demo
+def _demo_config(overrides: Sequence[str]) -> RunConfig:
+    from robustloss.train.config import load_config, read_overrides
+    from robustloss.train.demo import demo_settings
 
     output_dir = str(read_overrides(overrides).get("output_dir", "runs/demo"))
-    config = load_config(None, overrides, base={**demo_settings(Path(output_dir)), "output_dir": output_dir})
+    return load_config(None, overrides, base={**demo_settings(Path(output_dir)), "output_dir": output_dir})
+
+
+def _prepare_demo(config: RunConfig) -> None:
+    """The demonstration's data and model are made by the first process while the others wait."""
+    from robustloss.train import distributed
+    from robustloss.train.config import input_errors
+    from robustloss.train.demo import prepare_demo
+    from robustloss.train.output_dir import prepare_folder
+
     distributed.prepare_libraries()
+    run_dir = Path(config.output_dir)
 
     def prepare() -> None:
-        with input_errors():
-            prepare_demo(Path(output_dir), config.seed)
+        with input_errors(), prepare_folder(run_dir):  # two that begin at once must not write the same files
+            prepare_demo(run_dir, config.seed)
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         distributed.start()
         distributed.on_first(prepare)
     else:
         prepare()
-    return config
 
 
 if __name__ == "__main__":

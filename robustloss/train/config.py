@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,20 @@ from robustloss.train.data import TRUNCATIONS
 from robustloss.train.texts import COMPLETIONS, shorten
 from robustloss.validation import check_choice, check_number
 
+# What a machine has run out of or does not let a run do. Other OSErrors are mistakes in what was given, or bugs.
+MACHINE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+)
+
 
 class InputError(ValueError):
     """A mistake in what the user gave. The command line prints it as one line and exits with code 2."""
@@ -37,13 +52,15 @@ class DiskError(InputError):
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """Mark the errors of a block that checks the user's input as `InputError`; those of a bug keep their traceback."""
+    """Mark the errors of a block that checks the user's input as `InputError`, and those of the machine among them as
+    `DiskError`; those of a bug keep their traceback."""
     try:
         yield
     except InputError:
         raise
     except (ValueError, TypeError, OSError) as error:
-        raise InputError(str(error)) from error
+        of_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS
+        raise (DiskError if of_machine else InputError)(str(error)) from error
 
 
 @dataclass

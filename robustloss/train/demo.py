@@ -10,14 +10,14 @@ and none of their prompts is among the training prompts.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+
+from robustloss._files import remove_folder, replace_folder
 
 TRAIN_PAIRS = 1024
 EVAL_PAIRS = 128
@@ -138,7 +138,8 @@ def demo_settings(output_dir: Path) -> dict[str, Any]:
 def _write_demo(folder: Path, seed: int) -> None:
     """Everything is written into a folder beside, which is renamed at the end: what exists is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".demo-{os.getpid()}"
+    temporary = folder.with_name(folder.name + ".tmp")
+    remove_folder(temporary)  # of a demonstration that was killed
     temporary.mkdir()
     try:
         train, evaluation = make_pairs(seed)
@@ -148,9 +149,9 @@ def _write_demo(folder: Path, seed: int) -> None:
         texts = [f"{pair['prompt']}{pair[side]}" for pair in train for side in ("chosen", "rejected")]
         _save_model(texts, temporary / "model", seed)
         (temporary / "seed.json").write_text(json.dumps({"seed": seed}), encoding="utf-8")
-        os.replace(temporary, folder)
+        replace_folder(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
 
 
 def make_pairs(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

@@ -25,6 +25,8 @@ from robustloss.validation import check_number
 
 _set_here: dict[str, str] = {}  # environment variables
 
+_MARK = "raised_by_all"  # an attribute of an error
+
 # What gloo, NCCL and the store where processes meet say of one that does not answer.
 _SIGNS_OF_LOSS = (
     "connection closed by peer",
@@ -180,6 +182,21 @@ def gather(value: Any) -> list[Any]:
     return gathered
 
 
+@contextmanager
+def raised_by_all() -> Iterator[None]:
+    """Mark an error of this block as one that every process raises, so that one of them may tell it for all."""
+    try:
+        yield
+    except Exception as error:
+        vars(error)[_MARK] = True
+        raise
+
+
+def is_raised_by_all(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was made of, is marked."""
+    return error is not None and (_MARK in vars(error) or is_raised_by_all(error.__cause__))
+
+
 def on_first(action: Callable[[], Any]) -> Any:
     """Do something on the first process only: its result there, None elsewhere. The others wait, and raise what it
     raised."""
@@ -191,7 +208,8 @@ def on_first(action: Callable[[], Any]) -> Any:
             error = [raised]
     dist.broadcast_object_list(error)
     if error[0] is not None:
-        raise error[0]
+        with raised_by_all():
+            raise error[0]
     return result
 
 
@@ -205,7 +223,8 @@ def together(action: Callable[[], Any]) -> Any:
         error = raised
     for raised in gather(error):
         if raised is not None:
-            raise raised
+            with raised_by_all():
+                raise raised
     return result
 
 

@@ -237,8 +237,12 @@ def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path) -> 
     dropouts = _dropouts(load_model_config(config.model))
     if config.lora is None:
         model = engine.module.model
-        vars(model.config).update(dropouts)
-        model.save_pretrained(temporary, state_dict=weights)
+        trained_with = dict(vars(model.config))
+        try:
+            vars(model.config).update(dropouts)
+            model.save_pretrained(temporary, state_dict=weights)
+        finally:  # training may go on, and some models read their config at every forward
+            vars(model.config).update(trained_with)
     else:
         # Merging in place would change the model under the engine, and ZeRO-3's is in pieces: merge a fresh copy.
         model = add_lora(load_model(config), config.lora)

@@ -67,8 +67,8 @@ class Guard:
         if self._in_a_row >= self.max_skipped:
             in_a_row = f"{self._in_a_row} steps in a row were" if self._in_a_row > 1 else "the step was"
             raise TooManySkippedSteps(
-                f"{message}; {in_a_row} left out, and the run ends; lower optimizer.learning_rate, or look at the data "
-                "of these steps; the newest checkpoint is from before them"
+                f"{message}; {in_a_row} left out, and the run ends; start again with a lower "
+                "optimizer.learning_rate in another output_dir, or look at the data of these steps"
             )
         if is_first():
             logger.warning("%s; the step is left out (%d in a row)", message, self._in_a_row)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from robustloss._files import replace_file
+from robustloss.train.leftovers import remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def _decides(file: Path) -> bool:
 
 def file_digests(files: list[Path], memory: Path) -> dict[str, str]:
     """{name: SHA-256 of the file's bytes (of the digests of its blocks), hexadecimal}."""
+    remove_abandoned(memory / MEMORY)
     remembered = _read_memory(memory)
     # The time of the inode's change is nothing that a program can set back.
     stats = {file: (str(file.resolve()), _stamp(file)) for file in files}

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,14 +24,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from robustloss._files import replace_file
-from robustloss.train.config import InputError, RunConfig
+from robustloss.train.config import MACHINE_ERRORS, DiskError, InputError, RunConfig
+from robustloss.train.leftovers import is_abandoned
 
 logger = logging.getLogger(__name__)
 
 Table = dict[str, Tensor]
 ROWS = "rows"
 SEAL = "robustloss"  # one entry of the file's metadata, as safetensors writes several in any order
-STALE = 3600  # seconds after which a temporary file has no writer any more
 
 
 def default_folder() -> Path:
@@ -61,7 +60,8 @@ class ReferenceCache:
     """The folders that tables are looked for in; they are written to the first that can be.
 
     Args:
-        folders: the last one's failure is the user's to hear of (`InputError`), that of another a warning.
+        folders: the last one's failure is the user's to hear of (`DiskError` of a full disk and the like, else
+            `InputError`), that of another a warning.
     """
 
     def __init__(self, folders: list[Path]) -> None:
@@ -84,8 +84,9 @@ class ReferenceCache:
         for folder in self.folders:
             found = _read(folder / f"{key}.safetensors", settings, whole=True)
             if found is not None:
-                self._remove_leftovers(key)
+                self._remove_leftovers(key, whole=True)
                 return found[1]
+        self._remove_leftovers(key, whole=False)
         return None
 
     def load_parts(self, settings: dict[str, Any]) -> list[tuple[Tensor, Table]]:
@@ -109,7 +110,7 @@ class ReferenceCache:
         """Write the whole table, and remove its parts."""
         key = key_of(settings)
         self._write(f"{key}.safetensors", table, settings)
-        self._remove_leftovers(key)
+        self._remove_leftovers(key, whole=True)
 
     def _write(self, name: str, table: Table, settings: dict[str, Any]) -> None:
         seal = {"settings": settings, "sha256": digest_of(table)}
@@ -126,7 +127,7 @@ class ReferenceCache:
             except OSError as error:
                 reason = error.strerror or error
                 if self._target + 1 == len(self.folders):
-                    raise InputError(
+                    raise (DiskError if error.errno in MACHINE_ERRORS else InputError)(
                         f"the reference's log-probabilities cannot be kept in {str(folder)!r}: {reason}; make it "
                         "writable, or set reference.cache_dir to another folder"
                     ) from error
@@ -140,13 +141,12 @@ class ReferenceCache:
                     instead,
                 )
 
-    def _remove_leftovers(self, key: str) -> None:
-        """Parts of a table that is whole, and what killed writers left."""
+    def _remove_leftovers(self, key: str, *, whole: bool) -> None:
+        """What killed writers left, and the parts of a table that is whole."""
         for path in self._files(key):
             # A folder that is read-only, or another run that removes them too, is no harm.
             with suppress(OSError):
-                abandoned = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > STALE
-                if abandoned or _is_part(path):
+                if is_abandoned(path) or (whole and _is_part(path)):
                     path.unlink()
 
     def _files(self, key: str) -> list[Path]:

@@ -23,6 +23,7 @@ WRITTEN = (
     "checkpoints",
     "config.yaml",
     "demo",
+    "demo.tmp",
     "environment.json",
     "evaluations",
     "figures",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import pair_rows, save_tiny, tiny_gpt2, unpaired_rows, write_rows
 
 from robustloss.train.cli import main
+from robustloss.train.config import DiskError, InputError, input_errors
+from robustloss.train.distributed import raised_by_all
+from robustloss.train.loop import _finish
 
 
 @pytest.fixture
@@ -195,6 +200,65 @@ def test_log_probabilities_that_are_not_finite(refuse, tmp_path):
 def test_a_tied_output_head_takes_no_adapter(refuse):
     message = refuse("lora.target_modules=[c_attn,lm_head]", loads_model=True)
     assert "leave the head out" in message
+
+
+@pytest.fixture
+def second_process(tiny, monkeypatch, capsys):
+    """What the second process of a host tells of an error of its run."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def call(fail, *overrides: str) -> tuple[int, str]:
+        monkeypatch.setattr("robustloss.train.loop.run", fail)
+        given = [f"model.name_or_path={tiny.gpt2}", f"data.train={tiny.pairs}", "loss.name=dpo"]
+        return main(["train", *given, *overrides]), capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize(("kind", "code"), [(InputError, 2), (DiskError, 1)])
+def test_an_error_of_one_process_alone_is_told_by_it(second_process, kind, code):
+    def fail(_):
+        raise kind("mine alone")
+
+    assert second_process(fail) == (code, "robustloss: error: [process 1] mine alone\n")
+
+
+@pytest.mark.parametrize(("kind", "code"), [(InputError, 2), (DiskError, 1)])
+@pytest.mark.parametrize("of_another", [False, True])
+def test_an_error_that_all_processes_raise_is_told_by_one_of_each_host(second_process, kind, code, of_another):
+    def fail(_):
+        try:
+            with raised_by_all():
+                raise OSError("everyone's") if of_another else kind("everyone's")
+        except OSError as error:
+            raise kind("everyone's") from error
+
+    assert second_process(fail) == (code, "")
+    assert second_process(fail, "loss.bta=1") == (2, "")  # a command line is everyone's too
+
+
+def test_a_full_disk_is_told_as_such_where_input_is_checked():
+    with pytest.raises(DiskError, match="No space left"), input_errors():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(InputError, match="No such file") as raised, input_errors():
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    assert not isinstance(raised.value, DiskError)
+
+
+def test_a_report_or_a_demonstration_for_which_there_is_no_space_is_exit_code_1(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("robustloss.train.report.write_report", full)
+    monkeypatch.setattr("robustloss.train.loop.run", lambda config: _finish(tmp_path, "is finished", redraw=True))
+    assert main(["train", "model.name_or_path=a", "data.train=b", "loss.name=dpo"]) == 1
+    monkeypatch.setattr("robustloss.train.demo.make_pairs", full)
+    assert main(["train", f"output_dir={tmp_path / 'run'}"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("No space left on device" in line for line in lines)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):

@@ -54,6 +54,20 @@ def test_a_folder_of_another_seed_is_refused(demo):
         prepare_demo(folder, seed=1)
 
 
+def test_what_a_killed_demonstration_left_is_no_hindrance_and_goes(tmp_path, monkeypatch):
+    (tmp_path / "demo.tmp" / "model").mkdir(parents=True)
+    (tmp_path / "demo.tmp" / "model" / "half").write_text("half")
+    monkeypatch.setattr("robustloss.train.demo._save_model", lambda texts, folder, seed: folder.mkdir())
+    prepare_demo(tmp_path, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert sorted(path.name for path in (tmp_path / "demo").rglob("*")) == [
+        "eval.jsonl",
+        "model",
+        "seed.json",
+        "train.jsonl",
+    ]
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("disk full")

@@ -251,7 +251,7 @@ def elsewhere(tmp_path):
 
 LINKED = (
     "model", "model.tmp", "checkpoints", "evaluations", "tensorboard", "figures", "reference_cache", "metrics.jsonl",
-    "report.html", "config.yaml", "environment.json", ".lock",
+    "report.html", "config.yaml", "environment.json", ".lock", "demo", "demo.tmp",
 )  # fmt: skip
 
 
@@ -262,7 +262,7 @@ def test_a_link_in_a_runs_folder_is_not_followed(run_folder, elsewhere, name):
         shutil.rmtree(there)
     else:
         there.unlink(missing_ok=True)
-    is_folder = "." not in name or name == "model.tmp"
+    is_folder = "." not in name or name in ("model.tmp", "demo.tmp")
     there.symlink_to(elsewhere if is_folder else elsewhere / "kept")
     with pytest.raises(InputError, match=rf"'{re.escape(name)}' in it is a link"):
         prepare_folder(run_folder)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -23,9 +24,9 @@ from safetensors.torch import load_file, save
 from tiny_models import byte_tokenizer, pair_rows, save_tiny, tiny_gpt2, write_rows
 
 from robustloss import _files
+from robustloss.train import leftovers, reference_cache, references
 from robustloss.train import model_identity as identities
-from robustloss.train import reference_cache, references
-from robustloss.train.config import InputError, load_config
+from robustloss.train.config import DiskError, InputError, load_config
 from robustloss.train.model_identity import model_identity
 from robustloss.train.reference_cache import ReferenceCache, default_folder, digest_of, key_of
 
@@ -454,13 +455,20 @@ def test_a_damaged_part_is_computed_again_and_the_others_are_used(look_up, tmp_p
 
 def test_what_killed_writers_left_goes_when_the_table_is_found(kept):
     cache, file, table = kept
-    old, new = (file.with_name(f"{file.name}.host-1-{name}.tmp") for name in ("old", "new"))
+    old, new = (file.with_name(f"{file.name}.host-1-{token}.tmp") for token in ("0123abcd", "4567cdef"))
     old.write_text("half")
     new.write_text("half")
-    os.utime(old, (0, time.time() - 2 * reference_cache.STALE))
+    os.utime(old, (0, time.time() - 2 * leftovers.STALE))
     cache.save_part(SETTINGS, torch.arange(2), {name: column[:2] for name, column in table.items()})
     cache.load(SETTINGS)
     assert sorted(file.parent.iterdir()) == sorted([file, new])  # the new one's writer may be alive
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = file.with_name(f"{file.name}.{platform.node()}-{gone.pid}-4567cdef.tmp")
+    here.write_text("half")
+    file.unlink()
+    assert cache.load(SETTINGS) is None  # nor need there be a table
+    assert list(file.parent.iterdir()) == [new]
 
 
 @pytest.mark.distributed
@@ -525,6 +533,7 @@ def test_a_folder_that_was_asked_for_and_cannot_be_made_is_named(look_up, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be kept in '.*/file': .*; make it writable, or set") as raised:
         look_up(reference={"cache_dir": str(tmp_path / "file")})
+    assert not isinstance(raised.value, DiskError)
     assert "\n" not in str(raised.value)
 
 
@@ -548,7 +557,7 @@ def disk(monkeypatch):
 def test_a_disk_that_fills_up_is_told_in_one_line_and_gone_on_from(look_up, tmp_path, disk):
     cache = {"cache_dir": str(tmp_path / "own")}
     disk.update(left=2, folder=tmp_path / "own")
-    with pytest.raises(InputError, match=r"cannot be kept in .*: No space left on device") as raised:
+    with pytest.raises(DiskError, match=r"cannot be kept in .*: No space left on device") as raised:
         look_up(reference=cache)
     assert "\n" not in str(raised.value)
     assert len(parts(tmp_path / "own")) == 2
