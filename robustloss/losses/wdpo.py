@@ -13,7 +13,7 @@ from robustloss.naive.kl_tilt import normalized_weights
 from robustloss.validation import check_choice, check_number, check_tensor
 
 # The default `step`. Measured over GPT-2, Llama, Qwen2 and Qwen3 of random weights (32 to 256 wide, 2 to 8 layers): the
-# penalty's gradient is off by less than 1e-3 (central) and 4e-3 (one-sided). Llama's norms are float32 in any model.
+# penalty's gradient is off by less than 1e-3 (central) and 4e-3 (one-sided).
 STEPS = {"central": 1e-3, "one_sided": 1e-4}
 HALF = (torch.bfloat16, torch.float16)
 

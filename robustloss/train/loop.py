@@ -50,7 +50,8 @@ def run(config: RunConfig) -> Path:
         return _finish(run_dir, "is finished already", redraw=False)
     loss = build_loss(config.loss)
     distributed.prepare_libraries()
-    inputs = load_inputs(config, loss)  # before anything that takes long
+    with distributed.raised_by_all():  # who read the same files, before anything that takes long
+        inputs = load_inputs(config, loss)
     with ExitStack() as cleanup:
         device, started = distributed.start()
         if started:
@@ -162,7 +163,8 @@ def _train(
             stops = preemption.requested() and step < total_steps
             due = save_every > 0 and step % save_every == 0 and step < total_steps
             saves = stops or (due and values is not None)  # not in a row of steps that were left out
-            if values is not None and (step % config.log_every == 0 or step in (1, total_steps) or saves):
+            writes = values is not None and (step % config.log_every == 0 or step in (1, total_steps) or saves)
+            if values is not None and writes:
                 tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
                 values |= _sums_over_processes(tokens, device)
                 values["tokens_per_second"] = values.pop("tokens") / (time.monotonic() - step_began)
@@ -184,6 +186,9 @@ def _train(
                     "guard": guard.state_dict(),
                     "lowest": lowest,
                 }
+            if saves or writes or held_out is not None:
+                metrics.check()
+            if saves:
                 save_checkpoint(engine, checkpoints, step, state, config.keep_checkpoints, held_out)
             done = step
             if stops:
@@ -191,7 +196,7 @@ def _train(
         if done == total_steps:
             save_model(engine, config, inputs.tokenizer, run_dir / "model")
     metrics.close()
-    dist.barrier()
+    metrics.check()
     return total_steps - done
 
 
