@@ -23,7 +23,7 @@ demo: $(VENV)/.ready
 	$(BIN)/robustloss train
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Every property on many new cases, and how many there were.
 test-slow: $(VENV)/.ready
