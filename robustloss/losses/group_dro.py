@@ -71,6 +71,8 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
         self.register_buffer("log_weights", torch.full((groups,), 1 / groups, dtype=torch.float64).log())
         shares = None
         if group_sizes is not None:
+            if isinstance(group_sizes, str) or not isinstance(group_sizes, Sequence):
+                raise TypeError(f"group_sizes must be a list of {groups} numbers, got {group_sizes!r}")
             sizes = [check_number(f"group_sizes[{g}]", size, above=0) for g, size in enumerate(group_sizes)]
             if len(sizes) != groups:
                 raise ValueError(f"group_sizes must hold {groups} numbers (groups), got {len(sizes)}")

@@ -193,6 +193,7 @@ def test_a_cast_of_the_model_around_it_keeps_the_digits_of_the_weights():
         (lambda: GroupDROLoss(groups=2.0), ValueError, r"groups must be an integer >= 1 .*got 2.0"),
         (lambda: GroupDROLoss(step_size=-1), ValueError, r"step_size must be >= 0, got -1"),
         (lambda: GroupDROLoss(groups=2, group_sizes=[1]), ValueError, r"group_sizes must hold 2 numbers .*got 1"),
+        (lambda: GroupDROLoss(groups=2, group_sizes=3), TypeError, r"group_sizes must be a list of 2 numbers, got 3"),
         (lambda: GroupDROLoss(groups=2, group_sizes=[1, 0]), ValueError, r"group_sizes\[1\] must be > 0, got 0"),
         (lambda: GroupDROLoss(reduction="none"), ValueError, r"reduction='none' .*GroupDROLoss: a pair weighs"),
     ],
