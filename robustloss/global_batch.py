@@ -98,6 +98,11 @@ class GlobalBatch(nn.Module):
         self._signature = inspect.signature(loss.forward)
         self._names = [name for name in self._signature.parameters if name != "return_metrics"]
 
+    @property
+    def looks_at_all(self) -> bool:
+        """Whether a sample's gradient depends on the others; of other losses, the mean over samples is all there is."""
+        return self.loss.coupled or self.loss.needs_mismatched
+
     def forward(self, *vectors: Tensor, return_metrics: bool = False, **options: Tensor | None) -> LossOutput:
         """The loss of all processes' samples, the same value in each; all must call it together.
 
@@ -165,22 +170,70 @@ class GlobalBatch(nn.Module):
         check_number("divisor", divisor, above=0)
         if not torch.is_grad_enabled():
             raise RuntimeError("step trains, and gradients are disabled here; forward gives the value without them")
-        processes, microbatches = self._processes(), list(microbatches)
-        scale = processes.count * divisor
-        if masses is not None and not (self.loss.coupled or self.loss.needs_mismatched):
-            return self._one_pass(processes, microbatches, logps_fn, backward_fn, masses, scale)
+        microbatches = list(microbatches)
+        if masses is not None and not self.looks_at_all:
+            return self._one_pass(microbatches, logps_fn, backward_fn, masses, divisor)
         if surrogate_fn is None:
             surrogate_fn = partial(_surrogate, logps_fn)
-        return self._two_passes(processes, microbatches, logps_fn, backward_fn, surrogate_fn, scale)
+        return self._two_passes(microbatches, logps_fn, backward_fn, surrogate_fn, divisor)
+
+    def cotangents(
+        self, logps: Sequence[Mapping[str, Tensor | None]], *, divisor: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]]]:
+        """Steps 2 to 4 alone, for a loop that someone else owns: what to backpropagate in each of its microbatches.
+
+        There, backward is called on `weighted_sum(logps, cotangents)` of each microbatch, computed again with a graph
+        (and the same random numbers: `step` restores them, here that is the caller's part).
+
+        Args:
+            logps: [K] the arguments of the loss of each own microbatch, by name, as `step`'s logps_fn gives them; with
+                or without a graph, which is not used. All processes call this together, with as many microbatches.
+            divisor: as for `step`.
+
+        Returns:
+            (value, metrics, cotangents): of all samples, detached, the same in every process; and of each own
+            microbatch {"policy_...": [B] scale * dL/dlogps}.
+
+        Raises:
+            NonFiniteError, TypeError, ValueError: in every process, as `step`.
+        """
+        check_number("divisor", divisor, above=0)
+        processes = self._processes()
+        gathered = gather(processes, self._names, [_present(own) for own in logps])
+        _check_finite(gathered)
+        policy = {name: whole.requires_grad_() for name, whole in gathered.whole.items() if _is_policy(name)}
+        with torch.enable_grad():
+            value, metrics = self._whole_loss(gathered)
+            scale = processes.count * divisor
+            gradients = torch.autograd.grad(scale * value, list(policy.values()), materialize_grads=True)
+        return value.detach(), metrics, gathered.by_own_microbatch(dict(zip(policy, gradients, strict=True)))
+
+    def shares(self, masses: Sequence[float], *, divisor: float = 1.0) -> list[float]:
+        """What to multiply the loss of each own microbatch by, where the loss is a mean (not `looks_at_all`).
+
+        Args:
+            masses: [K] the number of samples (with weights, their sum) of each own microbatch. All processes call this
+                together, with as many microbatches.
+            divisor: as for `step`.
+
+        Raises:
+            ValueError: in every process: a loss that looks at all samples, masses that are no numbers >= 0, numbers of
+                microbatches that differ.
+        """
+        check_number("divisor", divisor, above=0)
+        processes, problem = self._processes(), None
+        if self.looks_at_all:
+            problem = ValueError(f"{type(self.loss).__name__} looks at the whole batch: call cotangents instead")
+        total = _total(processes, masses, len(masses), problem)
+        return [processes.count * divisor * mass / total if total else 0.0 for mass in masses]
 
     def _two_passes(
         self,
-        processes: Processes,
         microbatches: list[Any],
         logps_fn: LogpsFunction,
         backward_fn: BackwardFunction,
         surrogate_fn: SurrogateFunction,
-        scale: float,
+        divisor: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         logps, random_states = [], []
         for index, microbatch in enumerate(microbatches, start=1):
@@ -192,44 +245,34 @@ class GlobalBatch(nn.Module):
                 logps.append(_present(logps_fn(microbatch)))
         after = RandomState()
 
-        gathered = gather(processes, self._names, logps)
-        _check_finite(gathered)
-        policy = {name: whole.requires_grad_() for name, whole in gathered.whole.items() if _is_policy(name)}
-        value, metrics = self._whole_loss(gathered)
-        gradients = torch.autograd.grad(scale * value, list(policy.values()), materialize_grads=True)
-        cotangents = gathered.by_own_microbatch(dict(zip(policy, gradients, strict=True)))
-
-        backward_fn(_weighted_sum(logps.pop(), cotangents.pop()))
+        value, metrics, cotangents = self.cotangents(logps, divisor=divisor)
+        backward_fn(weighted_sum(logps.pop(), cotangents.pop()))
         try:
             for microbatch, state, cotangent in zip(microbatches, random_states, cotangents, strict=False):
                 state.restore()
                 backward_fn(surrogate_fn(microbatch, cotangent))
         finally:
             after.restore()
-        return value.detach(), metrics
+        return value, metrics
 
     def _one_pass(
         self,
-        processes: Processes,
         microbatches: list[Any],
         logps_fn: LogpsFunction,
         backward_fn: BackwardFunction,
         masses: Sequence[float],
-        scale: float,
+        divisor: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        problem = None
-        if len(masses) != len(microbatches) or not all(0 <= mass < math.inf for mass in masses):
-            problem = ValueError(f"masses must be {len(microbatches)} numbers >= 0, one a microbatch, got {masses}")
-        rows = processes.agree(len(microbatches), [0.0 if problem else float(sum(masses))], problem)
-        total, logps = sum(row[0] for row in rows), []
+        processes, logps, problem = self._processes(), [], None
+        total = _total(processes, masses, len(microbatches))
         for microbatch, mass in zip(microbatches, masses, strict=True):
             own = {n: v if _is_policy(n) else v.detach() for n, v in _present(logps_fn(microbatch)).items()}
             # The loss refuses NaN on the CPU, while other processes may be waiting in the backward.
             refused = any(value.device.type == "cpu" and not value.isfinite().all() for value in own.values())
-            value = _weighted_sum(own, {n: torch.zeros_like(v) for n, v in own.items() if _is_policy(n)})
+            value = weighted_sum(own, {n: torch.zeros_like(v) for n, v in own.items() if _is_policy(n)})
             if mass and not refused:
                 try:
-                    value = (scale * mass / total) * self.loss(**own)
+                    value = (processes.count * divisor * mass / total) * self.loss(**own)
                 except (TypeError, ValueError) as error:
                     problem = _as_overflow(error)
             backward_fn(value)
@@ -274,6 +317,13 @@ class _GradientOfOwn(torch.autograd.Function):
         return ctx.count * grad[ctx.where], None, None, None
 
 
+def _total(processes: Processes, masses: Sequence[float], microbatches: int, problem: Exception | None = None) -> float:
+    """The masses of all processes added up, once all know that none has a problem."""
+    if len(masses) != microbatches or not all(0 <= mass < math.inf for mass in masses):
+        problem = ValueError(f"masses must be {microbatches} numbers >= 0, one a microbatch, got {masses}")
+    return sum(row[0] for row in processes.agree(microbatches, [0.0 if problem else float(sum(masses))], problem))
+
+
 def _is_policy(name: str) -> bool:
     return name.startswith("policy_")
 
@@ -296,8 +346,14 @@ def _as_overflow(error: Exception) -> Exception:
 
 
 def _surrogate(logps_fn: LogpsFunction, microbatch: Any, cotangents: dict[str, Tensor]) -> Tensor:
-    return _weighted_sum(_present(logps_fn(microbatch)), cotangents)
+    return weighted_sum(_present(logps_fn(microbatch)), cotangents)
 
 
-def _weighted_sum(logps: dict[str, Tensor], cotangents: dict[str, Tensor]) -> Tensor:
+def weighted_sum(logps: Mapping[str, Tensor], cotangents: Mapping[str, Tensor]) -> Tensor:
+    """sum_i c_i logp_i over one microbatch, [], whose gradient is that microbatch's part of the global batch's.
+
+    Args:
+        logps: by name, [B] with a graph; names without a cotangent are not used.
+        cotangents: {"policy_...": [B]}, of `GlobalBatch.cotangents`.
+    """
     return torch.stack([(cotangent * logps[name]).sum() for name, cotangent in cotangents.items()]).sum()

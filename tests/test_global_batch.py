@@ -34,7 +34,7 @@ from robustloss import (
     WDPOLoss,
 )
 from robustloss._random import RandomState
-from robustloss.global_batch import NonFiniteError
+from robustloss.global_batch import NonFiniteError, weighted_sum
 
 pytestmark = pytest.mark.filterwarnings("ignore:AOT")  # a microbatch of one class, or of one pair
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -406,3 +406,44 @@ def test_arguments_that_the_loss_misses_are_its_own_error():
 def test_training_without_gradients_is_refused():
     with torch.no_grad(), pytest.raises(RuntimeError, match="forward gives the value without them"):
         GlobalBatch(DPOLoss()).step(microbatches_of("kldpo tau"), logps_of(make_policy()), torch.Tensor.backward)
+
+
+# ----------------------------------------------------------------- in a loop that someone else owns
+
+
+@pytest.mark.parametrize("name", ["kldpo tau", "aot unpaired soft", "kto", "group dro sized", "beta dpo"])
+def test_the_cotangents_alone_make_the_gradients_of_a_step(name):
+    """What a trainer of another library does: values first, then backward on each microbatch's weighted sum."""
+    mine, theirs = make_policy(), make_policy()
+    step_value, step_metrics = GlobalBatch(LOSSES[name][0]()).step(
+        microbatches_of(name), logps_of(mine), torch.Tensor.backward, divisor=4.0
+    )
+    with torch.no_grad():
+        known = [logps_of(theirs)(microbatch) for microbatch in microbatches_of(name)]
+        value, metrics, cotangents = GlobalBatch(LOSSES[name][0]()).cotangents(known, divisor=4.0)
+    for microbatch, cotangent in zip(microbatches_of(name), cotangents, strict=True):
+        weighted_sum(logps_of(theirs)(microbatch), cotangent).backward()
+    torch.testing.assert_close(gradients_of(theirs), gradients_of(mine), rtol=1e-12, atol=1e-14)
+    assert torch.equal(value, step_value)
+    assert not value.requires_grad
+    torch.testing.assert_close(metrics, step_metrics, rtol=0, atol=0, equal_nan=True)
+
+
+def test_shares_make_a_mean_of_microbatches_the_mean_of_samples():
+    mine, theirs = make_policy(), make_policy()
+    batches = microbatches_of("kldpo tau")
+    GlobalBatch(DPOLoss(0.5)).step(batches, logps_of(mine), torch.Tensor.backward, divisor=2.0)
+    loss = GlobalBatch(DPOLoss(0.5))
+    for batch, share in zip(batches, loss.shares([len(rows) for rows in ROWS], divisor=2.0), strict=True):
+        if share:
+            (share * loss.loss(**logps_of(theirs)(batch))).backward()
+    torch.testing.assert_close(gradients_of(theirs), gradients_of(mine), rtol=1e-12, atol=1e-14)
+
+
+def test_shares_and_cotangents_refuse_what_they_are_not_for():
+    with pytest.raises(ValueError, match="KLDPOLoss looks at the whole batch: call cotangents instead"):
+        GlobalBatch(KLDPOLoss(0.5, tau=0.2)).shares([3, 3])
+    with pytest.raises(ValueError, match=r"masses must be 2 numbers >= 0, one a microbatch, got \[3, -1\]"):
+        GlobalBatch(DPOLoss(0.5)).shares([3, -1])
+    with pytest.raises(ValueError, match="divisor must be > 0, got 0"):
+        GlobalBatch(KLDPOLoss(0.5, tau=0.2)).cotangents([], divisor=0)
