@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON) numpy
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,bench,dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,bench,docs,dev]"
 	touch $@
 
 demo: $(VENV)/.ready

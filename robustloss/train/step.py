@@ -42,7 +42,7 @@ def take_step(
     reason, values = None, {}
     try:
         value, metrics = accumulate_gradients(engine, microbatches)
-        values = {"loss": float(value), **{name: float(metric) for name, metric in metrics.items()}}
+        values = _as_numbers({"loss": value, **metrics})
         values["gradient_norm"] = gradient_norm(engine, preemption)  # their flags travel together
         bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
         if bad:
@@ -59,6 +59,12 @@ def take_step(
     engine.step()
     guard.accept()
     return values
+
+
+def _as_numbers(values: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars as numbers, by one copy from the device, for which the host waits."""
+    numbers = torch.stack([value.detach().to(torch.float64) for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
 
 
 def accumulate_gradients(engine: Any, microbatches: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -129,8 +135,7 @@ def _with_exact_penalty(
         if problems:
             raise NonFiniteError(problems[0])
         backward(value * (divisor * dist.get_world_size() * size / total))
-        metrics = {name: float(metric) for name, metric in engine.module.metrics.items()}
-        records.append(({"loss": float(value.detach()), **metrics}, float(size)))
+        records.append((_as_numbers({"loss": value.detach(), **engine.module.metrics}), float(size)))
     means = mean_by_name(record for records in gather(records) for record in records)
     metrics = {name: torch.tensor(mean) for name, mean in means.items()}
     return metrics.pop("loss"), metrics
