@@ -130,7 +130,7 @@ class LossModule(nn.Module):
         self.embeddings = embeddings
         named = {"logps": logps}
         if "desirable" not in batch:
-            chosen, rejected = logps.chunk(2)
+            chosen, rejected = (half.clone() for half in logps.chunk(2))  # FSDP2 warns of outputs that are views
             named = {"chosen_logps": chosen, "rejected_logps": rejected}
         if "mismatched_input_ids" in batch:
             with torch.no_grad():  # KTO's reference point is held fixed
