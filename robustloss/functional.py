@@ -172,7 +172,8 @@ def linear_sequence_logps(
     Args:
         hidden: [B, T, H], or [N, H] or [1, N, H] with `cu_seqlens`: the last hidden states h.
         weight: [V, H], the output head W (`lm_head.weight`), of hidden's dtype (under autocast all are cast). A DTensor
-            that is replicated, or sharded over the vocabulary, is taken as it is.
+            that is replicated, or sharded over the vocabulary, is taken as it is. FSDP2's shards are not such: there
+            every process has hidden states of its own, so call this inside of the module that FSDP2 wraps.
         bias: [V], b.
         adapter: (u, U), hidden's shape with R for H and [V, R]: a low-rank addition to the head. LoRA's is (scaling *
             lora_A(dropout(hidden)), lora_B.weight).
