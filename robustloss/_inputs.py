@@ -63,9 +63,9 @@ def local_part(
                 name = names[sharded[0]] if names else ""
                 if "dp" in name:  # dp_shard, fsdp: as Accelerate and torchtitan name FSDP2's
                     raise ValueError(
-                        f"weight is sharded over {name!r}, whose processes have hidden states of their own, and not over "
-                        "the vocabulary of the same ones: take the loss inside of the module that is sharded, where "
-                        "the weight is whole (robustloss.train.LossModule does)"
+                        f"weight is sharded over {name!r}, whose processes have hidden states of their own, and not "
+                        "over the vocabulary of the same ones: take the loss inside of the module that is sharded, "
+                        "where the weight is whole (robustloss.train.LossModule does)"
                     )
                 group = weight.device_mesh.get_group(sharded[0])
                 start = group.rank() * -(-len(weight) // group.size())  # DTensor's parts: torch.chunk's

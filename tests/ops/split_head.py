@@ -70,9 +70,7 @@ def check(hidden_size: int, form: str, trained: list[int], recompute: bool) -> N
         with pytest.raises(ValueError, match="weight must be replicated, or sharded over the vocabulary"):
             linear_sequence_logps(own[0], wrong, labels)
         data_parallel = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
-        with pytest.raises(
-            ValueError, match=r"sharded over 'dp_shard', whose processes have hidden states of their own"
-        ):
+        with pytest.raises(ValueError, match="'dp_shard', whose processes have hidden states of their own"):
             linear_sequence_logps(own[0], distribute_tensor(tensors[1], data_parallel, [Shard(0)]), labels)
 
 
