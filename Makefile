@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # The release that goes with that torch; the CUDA build of torch brings it by itself, and other systems than Linux lack it.
 TRITON ?= $(if $(filter Linux,$(shell uname)),triton==3.7.1)
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint docs bench clean
 
 # torch comes first: the C++ extension is built against it, and a bare requirement would fetch another build.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
@@ -35,6 +35,11 @@ lint: $(VENV)/.ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/lint-imports
+
+# The site, in docs/_build/html; a warning is an error, as in tests/docs/test_build.py.
+docs: $(VENV)/.ready
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo "$(CURDIR)/docs/_build/html/index.html"
 
 # Prints; make bench RESULTS=bench/results also keeps the results there, and goes on from what is there.
 bench: $(VENV)/.ready

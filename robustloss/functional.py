@@ -3,16 +3,16 @@
 Everything here is a pure function of tensors, twice differentiable (`sinkhorn_sort` once), and works under
 torch.compile(fullgraph=True), autocast and torch.no_grad. The functions share these arguments:
 
-    labels: int64 or int32. Where a label equals `ignore_index`, nothing is counted; a sequence with no label left
-        gives 0 and a zero gradient. On the CPU a label outside [0, V) raises ValueError; on a GPU it gives NaN,
-        because looking would make the host wait.
-    temperature: the logits are divided by it.
-    shift: the Hugging Face convention: position t predicts labels[t + 1]. Done on the labels; logits are never copied.
-    average: divide by the number of counted tokens.
-    cu_seqlens: int32 or int64 [S + 1], the packed (padding-free) form: sequence s is tokens cu_seqlens[s] to
-        cu_seqlens[s + 1].
-    return_entropy: also return the entropy in nats, reduced like the log-probabilities; it carries no gradient.
-    return_statistics: also return `TokenStatistics`, of the same read of the logits, reduced and without gradient too.
+- `labels`: int64 or int32. Where a label equals `ignore_index`, nothing is counted; a sequence with no label left
+  gives 0 and a zero gradient. On the CPU a label outside [0, V) raises ValueError; on a GPU it gives NaN,
+  because looking would make the host wait.
+- `temperature`: the logits are divided by it.
+- `shift`: the Hugging Face convention: position t predicts labels[t + 1]. Done on the labels; logits are never copied.
+- `average`: divide by the number of counted tokens.
+- `cu_seqlens`: int32 or int64 [S + 1], the packed (padding-free) form: sequence s is tokens cu_seqlens[s] to
+  cu_seqlens[s + 1].
+- `return_entropy`: also return the entropy in nats, reduced like the log-probabilities; it carries no gradient.
+- `return_statistics`: also return `TokenStatistics`, of the same read of the logits, reduced and without gradient too.
 
 Logits may be -inf, for tokens that cannot occur. NaN, +inf, and hidden states and weights whose product overflows give
 NaN, as they do in a model. Results are float32 whatever the input type (float64 for float64 input), in nats.
@@ -62,9 +62,9 @@ __all__ = [
 class TokenStatistics(NamedTuple):
     """What the softmax of the logits looks like: one value a token, or its sum (or mean) over a sequence."""
 
-    entropy: Tensor  # in nats
-    top1: Tensor  # 1 where no token has a larger logit than the label: accuracy, once averaged
-    mean_logit: Tensor  # over the vocabulary, before the temperature
+    entropy: Tensor  #: in nats
+    top1: Tensor  #: 1 where no token has a larger logit than the label: accuracy, once averaged
+    mean_logit: Tensor  #: over the vocabulary, before the temperature
 
 
 def token_logps(
@@ -90,6 +90,11 @@ def token_logps(
     Raises:
         TypeError: an argument that is no tensor or of another dtype.
         ValueError: shapes, devices or temperature that do not fit; a label outside [0, V) on the CPU.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 0.0], [0.0, 2.0], [0.0, 0.0]]])  # [1, 3, 2]
+        >>> token_logps(logits, torch.tensor([[0, 1, -100]]))
+        tensor([[-0.6931, -0.1269,  0.0000]])
     """
     check_logits(logits, labels, temperature)
     labels = prepare_labels(labels, shift, ignore_index, None)
@@ -130,6 +135,16 @@ def sequence_logps(
     Raises:
         TypeError, ValueError: as `token_logps`; also a cu_seqlens that does not run from 0 to N, and both of
             return_entropy and return_statistics.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 0.0], [0.0, 2.0], [0.0, 0.0]]])  # [1, 3, 2]
+        >>> labels = torch.tensor([[0, 1, -100]])
+        >>> sequence_logps(logits, labels)  # the third position is padding
+        tensor([-0.8201])
+        >>> sequence_logps(logits, labels, average=True)
+        tensor([-0.4100])
+        >>> sequence_logps(logits, labels, shift=True)  # position 0 predicts labels[1], and so on
+        tensor([-0.6931])
     """
     n_statistics = count_statistics(return_entropy, return_statistics)
     check_logits(logits, labels, temperature)
@@ -194,6 +209,12 @@ def linear_sequence_logps(
 
     Raises:
         TypeError, ValueError: as `sequence_logps`; also tensors of the head that do not fit together.
+
+    Example:
+        >>> hidden, weight = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[0.0], [1.0]])  # [1, 2, 1], [2, 1]
+        >>> labels = torch.tensor([[0, 1]])
+        >>> linear_sequence_logps(hidden, weight, labels), sequence_logps(hidden @ weight.T, labels)
+        (tensor([-1.4402]), tensor([-1.4402]))
     """
     n_statistics = count_statistics(return_entropy, return_statistics)
     weight, bias, process_group, vocabulary_start = local_part(weight, bias, process_group, vocabulary_start)

@@ -4,6 +4,8 @@ Tilts and sorts look at the whole batch, so their value on one microbatch of one
 the log-probabilities (a few numbers a sample) are gathered, the loss is computed once on all of them, the same in every
 process, and every process sends its own part of the gradient through its own model:
 
+.. code-block:: text
+
                  process 0                         process 1
     microbatch 0     microbatch 1     microbatch 0     microbatch 1
        l0 l1              l2              l3 l4           (none)     1. log-probabilities; the last keeps its graph
@@ -78,6 +80,22 @@ class GlobalBatch(nn.Module):
     Raises:
         TypeError: what is no PreferenceLoss.
         ValueError: reduction="none", or a loss that differentiates embeddings.
+
+    Example:
+        Three pairs in microbatches of two and one: the value and the gradient are those of the three together.
+
+        >>> from robustloss import KLDPOLoss
+        >>> theta = torch.tensor([1.0, -0.5, -1.0], requires_grad=True)  # the "model": its log-ratios
+        >>> def logps_of(rows):
+        ...     zeros = torch.zeros(len(rows))
+        ...     return dict(policy_chosen_logps=theta[rows], policy_rejected_logps=zeros,
+        ...                 ref_chosen_logps=zeros, ref_rejected_logps=zeros)
+        >>> loss = KLDPOLoss(beta=1.0, tau=1.0)
+        >>> value, metrics = GlobalBatch(loss).step([[0, 1], [2]], logps_of, torch.Tensor.backward)
+        >>> value, theta.grad
+        (tensor(1.0203), tensor([-0.0476, -0.2132, -0.3514]))
+        >>> loss(**logps_of([0, 1, 2])).detach()
+        tensor(1.0203)
     """
 
     def __init__(self, loss: PreferenceLoss, group: dist.ProcessGroup | None = None):

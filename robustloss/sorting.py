@@ -7,11 +7,11 @@ All work under torch.compile(fullgraph=True). `sorted_transport` and `sinkhorn_s
 float32 or better elsewhere. At ties and where two blocks are about to be pooled the function has a kink, and the
 gradient is a valid and deterministic subgradient.
 
-    values: [..., n], float32, bfloat16, float16 or float64, finite (ValueError on the CPU; on a GPU looking would make
-        the host wait).
-    regularization: "l2" (piecewise linear) or "kl" (smooth within a block: what is pooled is weighted by a softmax).
-    strength: the paper's epsilon > 0. Towards 0 the result is that of the hard sort, and below a data-dependent
-        strength it is so to the bit.
+- `values`: [..., n], float32, bfloat16, float16 or float64, finite (ValueError on the CPU; on a GPU looking would make
+  the host wait).
+- `regularization`: "l2" (piecewise linear) or "kl" (smooth within a block: what is pooled is weighted by a softmax).
+- `strength`: the paper's epsilon > 0. Towards 0 the result is that of the hard sort, and below a data-dependent
+  strength it is so to the bit.
 
 Source: Blondel, Teboul, Berthet and Djolonga 2020, arXiv 2002.08871.
 """
@@ -58,6 +58,13 @@ def soft_sort(
     Raises:
         TypeError, ValueError: what is no floating tensor of at least one dimension, not finite (on the CPU), or an
             unknown regularization; a strength that is not positive and finite.
+
+    Example:
+        >>> values = torch.tensor([3.0, 1.0, 2.0])
+        >>> soft_sort(values, strength=0.1)  # gaps of 1 are below 1 / strength: the hard sort
+        tensor([1., 2., 3.])
+        >>> soft_sort(values, strength=2.0)  # and here above: neighbours are 1 / strength apart
+        tensor([1.5000, 2.0000, 2.5000])
     """
     return _by_row(torch.ops.robustloss.soft_sort, values, descending, regularization, strength)
 
@@ -84,6 +91,10 @@ def soft_rank(
 
     Raises:
         TypeError, ValueError: as `soft_sort`.
+
+    Example:
+        >>> soft_rank(torch.tensor([3.0, 1.0, 1.2]), strength=0.5)  # the last two are close, and share their ranks
+        tensor([3.0000, 1.3000, 1.7000])
     """
     return _by_row(torch.ops.robustloss.soft_rank, values, descending, regularization, strength)
 
@@ -117,6 +128,12 @@ def sorted_transport(
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or options that do not fit; on the CPU also NaN, infinity and
             negative weights.
+
+    Example:
+        >>> sorted_transport(torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 1.0]), beta=1.0)  # -log sigmoid(1), twice
+        tensor(0.3133)
+        >>> sorted_transport(torch.tensor([2.0, 0.0]), torch.tensor([1.0]), link="least_squares", beta=0.0)
+        tensor(1.)
     """
     check_samples("u", u, u_weights, "u", u)
     check_samples("v", v, v_weights, "u", u)
@@ -194,8 +211,12 @@ def sinkhorn_sort(
         ValueError: values without a dimension, NaN or infinity on the CPU; a number out of its range.
 
     Warns:
-        UserWarning, once for each place that calls: the tolerance was not reached, on the CPU. On a GPU, where looking
+        UserWarning: once for each place that calls: the tolerance was not reached, on the CPU. On a GPU, where looking
             would make the host wait, and under torch.compile nothing warns.
+
+    Example:
+        >>> sinkhorn_sort(torch.tensor([3.0, 1.0, 2.0]), strength=1.0)
+        tensor([1.1704, 2.0000, 2.8296])
     """
     check_tensor("values", values)
     if values.ndim < 1:

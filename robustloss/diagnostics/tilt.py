@@ -25,16 +25,16 @@ class WorstCase:
     The divergences are those of :math:`P / \sum_i P_i` from q; P sums to one but for `KLTilt(normalize=False)`.
     """
 
-    losses: Tensor
-    nominal: Tensor  # q
-    weights: Tensor  # P: the derivative of the aggregate's value by each loss
-    value: float
-    effective_sample_size: float  # (sum P)^2 / sum P^2, in samples
-    max_weight: float  # the largest P_i
-    kl: float  # sum P log(P / q), in nats
-    chi_square: float  # sum (P - q)^2 / q
-    total_variation: float  # sum abs(P - q) / 2
-    tau: float  # the temperature of a KL tilt, NaN for other aggregates
+    losses: Tensor  #: as given
+    nominal: Tensor  #: q
+    weights: Tensor  #: P: the derivative of the aggregate's value by each loss
+    value: float  #: of the aggregate
+    effective_sample_size: float  #: (sum P)^2 / sum P^2, in samples
+    max_weight: float  #: the largest P_i
+    kl: float  #: sum P log(P / q), in nats
+    chi_square: float  #: sum (P - q)^2 / q
+    total_variation: float  #: sum abs(P - q) / 2
+    tau: float  #: the temperature of a KL tilt, NaN for other aggregates
 
     def top(self, k: int) -> Tensor:
         """The indices of the k largest weights, the heaviest first; int64 [min(k, n)]. Ties: the lower index first."""
@@ -75,6 +75,14 @@ def worst_case(losses: Tensor, aggregate: Aggregate, weights: Tensor | None = No
 
     Raises:
         TypeError, ValueError: arguments of another type or shape, on two devices, or not finite.
+
+    Example:
+        >>> from robustloss import KLTilt
+        >>> found = worst_case(torch.tensor([0.5, 0.7, 0.9, 2.0]), KLTilt(rho=0.1))
+        >>> found.weights.tolist()  # doctest: +ELLIPSIS
+        [0.157..., 0.181..., 0.208..., 0.452...]
+        >>> found.top(2), round(found.kl, 3)
+        (tensor([3, 2]), 0.1)
     """
     check_tensor("losses", losses)
     if losses.ndim != 1 or not len(losses):

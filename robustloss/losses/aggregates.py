@@ -58,7 +58,13 @@ class FusedAggregate:
 
 @dataclass(frozen=True)
 class Mean(FusedAggregate):
-    r"""The (weighted) mean :math:`\sum_i q_i l_i`."""
+    r"""The (weighted) mean :math:`\sum_i q_i l_i`.
+
+    Example:
+        >>> losses = torch.tensor([0.5, 0.7, 0.9, 2.0])
+        >>> Mean()(losses, weights=None)
+        (tensor(1.0250), {})
+    """
 
     coupled = False
 
@@ -88,6 +94,14 @@ class KLTilt(FusedAggregate):
 
     Raises:
         ValueError: both or neither of tau and rho; tau <= 0; rho < 0; options that do not go together.
+
+    Example:
+        >>> losses = torch.tensor([0.5, 0.7, 0.9, 2.0])
+        >>> KLTilt(tau=1.0)(losses, weights=None)[0]
+        tensor(1.4230)
+        >>> value, metrics = KLTilt(rho=0.1)(losses, weights=None)
+        >>> value, metrics["tilt/tau"]
+        (tensor(1.2988), tensor(1.4198))
     """
 
     tau: float | None = None
@@ -136,6 +150,11 @@ class CVaR(FusedAggregate):
 
     Raises:
         ValueError: alpha outside (0, 1].
+
+    Example:
+        >>> losses = torch.tensor([0.5, 0.7, 0.9, 2.0])
+        >>> CVaR(0.5)(losses, weights=None)[0]  # of the worst two
+        tensor(1.4500)
     """
 
     alpha: float
@@ -163,6 +182,11 @@ class ChiSquare(FusedAggregate):
 
     Raises:
         ValueError: rho < 0.
+
+    Example:
+        >>> losses = torch.tensor([0.5, 0.7, 0.9, 2.0])
+        >>> ChiSquare(0.5)(losses, weights=None)[0]
+        tensor(1.4354)
     """
 
     rho: float
@@ -188,6 +212,11 @@ class TotalVariation(FusedAggregate):
 
     Raises:
         ValueError: rho outside [0, 1].
+
+    Example:
+        >>> losses = torch.tensor([0.5, 0.7, 0.9, 2.0])
+        >>> TotalVariation(0.25)(losses, weights=None)[0]  # the weight of the smallest goes to the largest
+        tensor(1.4000)
     """
 
     rho: float
@@ -213,6 +242,11 @@ class SoftMin(FusedAggregate):
 
     Raises:
         ValueError: beta_prime <= 0.
+
+    Example:
+        >>> losses = torch.tensor([0.5, 0.7, 0.9, 2.0])
+        >>> SoftMin(1.0)(losses, weights=None)[0]  # below the mean, 1.0250
+        tensor(0.8885)
     """
 
     beta_prime: float

@@ -134,8 +134,14 @@ class AOTPairedLoss(SortedLoss, PairedLoss):
             n: `soft_sort` pools gaps above 1 / strength, and hardly a gap of many samples is a standard deviation.)
         reduction: "mean"; "none" is refused, as the loss couples the batch.
 
-    Metrics: `DPOLoss`'s, and dominance/violation_area, dominance/violation_w1 (`naive.sorted_transport` of u
-        over v).
+    Metrics: `DPOLoss`'s, and dominance/violation_area, dominance/violation_w1 (`naive.sorted_transport` of u over v).
+
+    Example:
+        >>> batch = torch.tensor([[-12.0, -9.0], [-15.0, -8.0], [-14.0, -9.0], [-14.0, -11.0]])
+        >>> batch[0] - batch[1], batch[2] - batch[3]  # u and v; the smaller of u meets the smaller of v
+        (tensor([ 3., -1.]), tensor([0., 2.]))
+        >>> AOTPairedLoss(beta=0.1)(*batch)
+        tensor(0.6944)
     """
 
     def forward(
@@ -184,11 +190,16 @@ class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
               L = \int_0^1 \ell\left(F_u^{-1}(s) - F_v^{-1}(s)\right) ds, \quad r = \log\pi(y|x) - \log\pi_{ref}(y|x)
 
     Source: [A] sections 2.1 and 3, Eq. 3 and 9; unequal sizes by merging the two quantile grids
-        (`naive.sorted_transport`).
+    (`naive.sorted_transport`).
 
     Args: as `AOTPairedLoss`.
 
     Metrics: rewards/* and logps/* of both classes, dominance/violation_area and dominance/violation_w1 of u over v.
+
+    Example:
+        >>> policy, reference = torch.tensor([-12.0, -9.0, -20.0]), torch.tensor([-14.0, -9.5, -18.0])
+        >>> AOTUnpairedLoss(beta=0.1)(policy, reference, desirable=torch.tensor([True, True, False]))
+        tensor(0.5445)
     """
 
     def forward(

@@ -43,6 +43,14 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
 
     Metrics: `DPOLoss`'s (rewards by `beta`), and beta_dpo/beta (of this batch), beta_dpo/margin_mean,
     beta_dpo/margin_std and beta_dpo/kept (the share of pairs in S).
+
+    Example:
+        >>> policy = torch.tensor([[-12.0, -9.0, -20.0], [-15.0, -8.0, -16.0]])  # chosen, rejected
+        >>> reference = torch.tensor([[-14.0, -9.5, -18.0], [-14.0, -9.0, -17.0]])
+        >>> loss_function = BetaDPOLoss(beta=0.1, filter_ratio=0.0)
+        >>> loss, metrics = loss_function(*policy, *reference, return_metrics=True)
+        >>> loss, metrics["beta_dpo/beta"]
+        (tensor(0.7070), tensor(0.0910))
     """
 
     margin_mean: Tensor

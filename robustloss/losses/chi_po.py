@@ -28,6 +28,12 @@ class ChiPOLoss(DPOLoss):
         label_smoothing, aggregate, reduction: as `DPOLoss`.
 
     forward, its errors and metrics are `DPOLoss`'s; the implicit rewards are beta phi(z).
+
+    Example:
+        >>> policy = torch.tensor([[-12.0, -9.0, -20.0], [-15.0, -8.0, -16.0]])  # chosen, rejected
+        >>> reference = torch.tensor([[-14.0, -9.5, -18.0], [-14.0, -9.0, -17.0]])
+        >>> ChiPOLoss(beta=0.1)(*policy, *reference)
+        tensor(0.6994)
     """
 
     def __init__(

@@ -31,6 +31,14 @@ class DPOLoss(PairedLoss):
 
     Raises:
         TypeError, ValueError: options of another type, out of range, or that do not go together.
+
+    Example:
+        >>> policy_chosen, policy_rejected = torch.tensor([-12.0, -9.0, -20.0]), torch.tensor([-15.0, -8.0, -16.0])
+        >>> ref_chosen, ref_rejected = torch.tensor([-14.0, -9.5, -18.0]), torch.tensor([-14.0, -9.0, -17.0])
+        >>> DPOLoss(beta=0.1)(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+        tensor(0.7091)
+        >>> DPOLoss(beta=0.1, reduction="none")(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+        tensor([0.5544, 0.7185, 0.8544])
     """
 
     _is_changed = False

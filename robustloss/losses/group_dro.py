@@ -44,6 +44,15 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
     State: log_weights, the groups' log weights, float64 [groups]; `group_weights` are the weights.
 
     Metrics: `DPOLoss`'s, and group_dro/weight_<g> and group_dro/loss_<g> (NaN where the batch lacks the group).
+
+    Example:
+        >>> policy = torch.tensor([[-12.0, -9.0, -20.0], [-15.0, -8.0, -16.0]])  # chosen, rejected
+        >>> reference = torch.tensor([[-14.0, -9.5, -18.0], [-14.0, -9.0, -17.0]])
+        >>> loss_function = GroupDROLoss(beta=0.1, groups=2, step_size=1.0)
+        >>> loss_function(*policy, *reference, groups=torch.tensor([0, 0, 1]))
+        tensor(0.7572)
+        >>> loss_function.group_weights.tolist()  # the second group has the larger loss
+        [0.44..., 0.55...]
     """
 
     needs_groups = True

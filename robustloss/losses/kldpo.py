@@ -22,6 +22,15 @@ class KLDPOLoss(DPOLoss):
         reduction: "mean"; "none" is refused, as the loss couples the batch.
 
     forward, its errors and metrics are `DPOLoss`'s, with tilt/effective_sample_size, tilt/max_weight and tilt/tau.
+
+    Example:
+        >>> policy = torch.tensor([[-12.0, -9.0, -20.0], [-15.0, -8.0, -16.0]])  # chosen, rejected
+        >>> reference = torch.tensor([[-14.0, -9.5, -18.0], [-14.0, -9.0, -17.0]])
+        >>> loss, metrics = KLDPOLoss(beta=0.1, tau=0.1)(*policy, *reference, return_metrics=True)
+        >>> loss, metrics["tilt/max_weight"]  # the worst pair weighs three quarters
+        (tensor(0.8162), tensor(0.7653))
+        >>> KLDPOLoss(beta=0.1, tau=100.0)(*policy, *reference)  # a large tau is plain DPO
+        tensor(0.7092)
     """
 
     def __init__(

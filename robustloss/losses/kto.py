@@ -25,6 +25,14 @@ class KTOLoss(UnpairedLoss):
         desirable_weight, undesirable_weight: lambda_D and lambda_U, >= 0; choose them so that the two classes weigh
             about equally.
         reduction: "mean", or "none" for the losses [B].
+
+    Example:
+        >>> policy, reference = torch.tensor([-12.0, -9.0, -20.0]), torch.tensor([-14.0, -9.5, -18.0])
+        >>> desirable = torch.tensor([True, True, False])
+        >>> KTOLoss(beta=0.1)(policy, reference, desirable)
+        tensor(0.4626)
+        >>> KTOLoss(beta=0.1)(policy, reference, desirable, kl_logratios=torch.tensor([1.0, 3.0]))  # z_0 = 2
+        tensor(0.4796)
     """
 
     coupled = False

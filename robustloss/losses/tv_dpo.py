@@ -22,6 +22,12 @@ class TVDPOLoss(DPOLoss):
         reduction: "mean"; "none" is refused, as the loss couples the batch.
 
     forward, its errors and metrics are `DPOLoss`'s, with tilt/effective_sample_size and tilt/max_weight.
+
+    Example:
+        >>> policy = torch.tensor([[-12.0, -9.0, -20.0], [-15.0, -8.0, -16.0]])  # chosen, rejected
+        >>> reference = torch.tensor([[-14.0, -9.5, -18.0], [-14.0, -9.0, -17.0]])
+        >>> TVDPOLoss(beta=0.1, rho=0.25)(*policy, *reference)
+        tensor(0.7841)
     """
 
     def __init__(

@@ -56,6 +56,19 @@ class WDPOLoss(StatefulLoss, DPOLoss):
     penalty/slope_error, by what fraction the difference quotients of the log-probabilities miss their slopes, which are
     known (above a few percent `step` is too long, or for the precision too short); and penalty/skipped, how many pairs
     of the step had no penalty ("one_sided").
+
+    Example:
+        The log-probabilities of a "model" that is linear in the embeddings, so that the gradients are known:
+
+        >>> embeddings = torch.ones(2, 1, 1, requires_grad=True)  # chosen, rejected
+        >>> chosen, rejected = (-embeddings).sum((1, 2)).chunk(2)
+        >>> zero = torch.zeros(1)
+        >>> loss_function = WDPOLoss(beta=0.1, rho=1.0, penalty="exact")
+        >>> loss, metrics = loss_function(chosen, rejected, zero, zero, embeddings=embeddings, return_metrics=True)
+        >>> metrics["penalty/gradient_norm"]  # sqrt(2) * beta * sigmoid(0)
+        tensor(0.0707)
+        >>> loss  # log 2 + rho * 0.0707^2
+        tensor(0.6981, grad_fn=<AddBackward0>)
     """
 
     needs_embeddings = True

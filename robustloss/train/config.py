@@ -67,29 +67,29 @@ def input_errors() -> Iterator[None]:
 class ModelConfig:
     name_or_path: str = MISSING  # a Hugging Face name or a local folder
     attn_implementation: str | None = None  # null: "sdpa", and "eager" for exact wdpo, which differentiates twice
-    gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False  # compute activations again in the backward: slower, less memory
+    trust_remote_code: bool = False  # run the code that a model's repository brings
     chat_template: str | None = None  # a Jinja template in place of the tokenizer's own
 
 
 @dataclass
 class LoraConfig:
-    r: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
+    r: int = 8  # rank
+    alpha: int = 16  # the adapter is multiplied by alpha / r
+    dropout: float = 0.0  # of the adapter's input
     target_modules: Any = "all-linear"  # "all-linear", a regular expression, or a list of module names
 
 
 @dataclass
 class DataConfig:
     train: str = MISSING  # a .jsonl, .json, .parquet or .csv file, or a Hugging Face dataset
-    train_split: str = "train"
-    eval: str | None = None  # null: `eval_fraction` of train is held out
-    eval_split: str = "test"
-    eval_fraction: float = 0.1
+    train_split: str = "train"  # of a Hugging Face dataset
+    eval: str | None = None  # as train; null: `eval_fraction` of train is held out
+    eval_split: str = "test"  # of a Hugging Face dataset
+    eval_fraction: float = 0.1  # 0: no evaluation
     kind: str = "auto"  # preference, unpaired, or auto: by the columns
-    max_length: int = 1024
-    truncation: str = "prompt"  # drop the prompt's beginning first, or the completion's end
+    max_length: int = 1024  # tokens of prompt and completion together
+    truncation: str = "prompt"  # what goes first beyond it: "prompt", its beginning; or "end", the completion's end
 
 
 @dataclass
@@ -101,12 +101,12 @@ class ReferenceConfig:
 
 @dataclass
 class OptimizerConfig:
-    learning_rate: float = 1e-6
+    learning_rate: float = 1e-6  # after warming up
     weight_decay: float = 0.0  # of matrices; biases and norms are never decayed
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    epsilon: float = 1e-8
-    schedule: str = "cosine"
-    warmup_ratio: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW's
+    epsilon: float = 1e-8  # AdamW's
+    schedule: str = "cosine"  # or linear, both to zero; or constant
+    warmup_ratio: float = 0.1  # the share of all steps in which the learning rate rises from zero
     gradient_clipping: float = 1.0  # the largest global norm; 0 turns it off
 
 
@@ -131,14 +131,14 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
-    epochs: float = 1.0
+    epochs: float = 1.0  # passes over the training data
     max_steps: int | None = None  # optimizer steps; overrides epochs
-    precision: str = "fp32"
-    zero_stage: int = 0
-    seed: int = 0
-    output_dir: str = "runs/train"
+    precision: str = "fp32"  # or bf16
+    zero_stage: int = 0  # DeepSpeed's, 0 to 3: what is split between processes
+    seed: int = 0  # of the order of the data, and of dropout
+    output_dir: str = "runs/train"  # checkpoints, metrics, report and model
     resume: bool = True  # go on from the newest checkpoint in output_dir; false starts again
-    log_every: int = 1  # optimizer steps
+    log_every: int = 1  # optimizer steps between lines of metrics
     eval_every: int | None = None  # optimizer steps; null: before and after training
     save_every: int | None = None  # optimizer steps; null: about ten times in the run; 0: never
     keep_checkpoints: int = 2  # the newest, besides the best

@@ -31,7 +31,9 @@ class LossModule(nn.Module):
         model: a Hugging Face causal language model, with or without a LoRA adapter of peft.
         loss: a module of `robustloss.losses`; None for a model that only gives log-probabilities (a reference).
 
-    Batch (see `robustloss.train.data.Collator`), B pairs or samples, T tokens:
+    A batch holds these, of B pairs or samples of T tokens (`robustloss.train.data.Collator` makes it):
+
+    Batch:
         input_ids, attention_mask, labels: int64 [2B, T] (chosen rows first, then rejected), or [B, T] of unpaired data;
             labels are -100 on prompt and padding, and not shifted.
         desirable: bool [B], unpaired data only.
