@@ -16,7 +16,8 @@ class KLDPOLoss(DPOLoss):
 
     Args:
         beta: DPO's inverse temperature, > 0.
-        tau, rho: exactly one; see `KLTilt`.
+        tau: temperature of the tilt in nats of loss, > 0: the smaller, the more the worst pairs weigh.
+        rho: in place of tau, the radius in nats, >= 0, for which tau is solved. Give exactly one of the two.
         link, label_smoothing: as `DPOLoss`.
         normalize, max_weight: `normalize=False, max_weight=10` are the papers' released code; see `KLTilt`.
         reduction: "mean"; "none" is refused, as the loss couples the batch.

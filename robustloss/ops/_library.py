@@ -32,9 +32,21 @@ def _load_extension() -> str | None:
 EXTENSION_MISSING = _load_extension()
 HAS_EXTENSION = EXTENSION_MISSING is None
 
+# By op and dispatch key: how what serves it is called, where that is not plain PyTorch by design.
+_SERVING: dict[tuple[str, str], str] = {}
+
+
+def serving(op: str, key: str) -> str | None:
+    """What serves the op's tensors of a dispatch key, "CPU" or "CUDA" (ROCm too): "C++", "Triton", "naive" (plain
+    PyTorch in place of the extension), "PyTorch" (by design), or None where nothing does."""
+    if torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"robustloss::{op}", key):
+        return _SERVING.get((op, key), "PyTorch")
+    return None
+
 
 def register_cpu_fallback(op: str, naive: Callable[..., Any]) -> None:
     """Serve CPU tensors by `naive` where the C++ extension was not built; the first call warns, once a process."""
+    _SERVING[op, "CPU"] = "C++" if HAS_EXTENSION else "naive"
     if HAS_EXTENSION:
         return
 
@@ -57,6 +69,7 @@ def register_triton(op: str, launcher: str) -> None:
         module = importlib.import_module(f"robustloss.kernels.{module_name}")
         return getattr(module, function_name)(*args)
 
+    _SERVING[op, "CUDA"] = "Triton"
     LIBRARY.impl(op, launch, "CUDA")
 
 

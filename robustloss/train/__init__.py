@@ -1,4 +1,4 @@
-"""Training: data, the DeepSpeed loop, its reports and its command line."""
+"""Training: data, the DeepSpeed loop and its reports."""
 
 from robustloss.train.loss_module import LossModule
 

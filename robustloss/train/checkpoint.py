@@ -114,8 +114,8 @@ def remove_unfinished(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path) -> None:
-    """Write the model as an ordinary Hugging Face folder, whole or not at all. All processes call it.
+def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path, card: str = "") -> None:
+    """Write the model and its card as an ordinary Hugging Face folder, whole or not at all. All processes call it.
 
     Raises:
         DiskError: in all processes, where one cannot write. A folder of that name is as it was.
@@ -125,10 +125,12 @@ def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path) -> 
     from robustloss.train import engine as engines
 
     with _unwritable(f"model folder {folder}", folder.with_name(folder.name + ".tmp"), SafetensorError):
-        together(partial(engines.save_model, engine, config, tokenizer, folder))
+        together(partial(engines.save_model, engine, config, tokenizer, folder, card))
 
 
-def save_best(engine: Any, config: RunConfig, tokenizer: Any, run_dir: Path, loss: float, lowest: float) -> float:
+def save_best(
+    engine: Any, config: RunConfig, tokenizer: Any, run_dir: Path, loss: float, lowest: float, card: str = ""
+) -> float:
     """Keep `best/`, a Hugging Face folder of the model with the lowest held-out loss; the lowest so far is returned.
 
     All processes call it after each evaluation, with what it returned the time before (infinity at first), which
@@ -137,7 +139,7 @@ def save_best(engine: Any, config: RunConfig, tokenizer: Any, run_dir: Path, los
     loss = gather(loss)[0]  # other processors may round another way, and all must do the same
     if not loss < lowest:
         return lowest
-    save_model(engine, config, tokenizer, run_dir / "best")
+    save_model(engine, config, tokenizer, run_dir / "best", card)
     return loss
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
-import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from yaml import YAMLError
 
 from robustloss._files import replace_file
 from robustloss.losses import LOSSES, PreferenceLoss
+from robustloss.losses.catalogue import options as loss_options
 from robustloss.train.data import TRUNCATIONS
 from robustloss.train.texts import COMPLETIONS, shorten
 from robustloss.validation import check_choice, check_number
@@ -145,6 +145,15 @@ class RunConfig:
     max_skipped: int = 3  # steps in a row that may be left out for numbers that are not finite; then the run ends
 
 
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "lora": LoraConfig,
+    "reference": ReferenceConfig,
+    "optimizer": OptimizerConfig,
+    "batch": BatchConfig,
+    "penalty": PenaltyConfig,
+}
 # What may change between the runs that share an output folder: none of it touches the parameters.
 FREE_KEYS = (
     "output_dir",
@@ -207,9 +216,7 @@ def build_loss(options: dict[str, Any]) -> PreferenceLoss:
         raise InputError(f"config key 'loss.name' is missing: give one of {', '.join(LOSSES)}")
     if not isinstance(name, str) or name not in LOSSES:
         raise InputError(f"loss.name {name!r} is unknown{_nearest(str(name), LOSSES)}")
-    # A run trains one number, and YAML cannot name an aggregate other than the loss's own.
-    fixed = ("reduction", "aggregate")
-    accepted = [key for key in inspect.signature(LOSSES[name]).parameters if key not in fixed]
+    accepted = [option.name for option in loss_options(LOSSES[name]) if option.in_config]
     for key in options:
         if key not in accepted:
             raise InputError(f"loss {name!r} has no option {key!r}{_nearest(str(key), accepted)}")
@@ -401,24 +408,24 @@ def _resolve(config: Any) -> Any:
     return content
 
 
+def config_keys() -> list[str]:
+    """Every key of a config, dotted: "seed", "model.name_or_path", "loss", ..."""
+    keys = []
+    for name in (key.name for key in dataclasses.fields(RunConfig)):
+        section = SECTIONS.get(name)
+        keys += [f"{name}.{key.name}" for key in dataclasses.fields(section)] if section else [name]
+    return keys
+
+
 def _check_keys(layer: dict[str, Any], schema: type, prefix: str) -> None:
     known = {field.name: field for field in dataclasses.fields(schema)}
-    sections = {
-        "model": ModelConfig,
-        "data": DataConfig,
-        "lora": LoraConfig,
-        "reference": ReferenceConfig,
-        "optimizer": OptimizerConfig,
-        "batch": BatchConfig,
-        "penalty": PenaltyConfig,
-    }
     for key, value in layer.items():
         name = f"{prefix}{key}"
         if key not in known:
             raise InputError(f"unknown config key {name!r}{_nearest(str(key), known, prefix)}")
-        if not prefix and key in sections and isinstance(value, dict):
-            _check_keys(value, sections[key], f"{key}.")
-        elif not prefix and (key in sections or key == "loss") and not isinstance(value, dict):
+        if not prefix and key in SECTIONS and isinstance(value, dict):
+            _check_keys(value, SECTIONS[key], f"{key}.")
+        elif not prefix and (key in SECTIONS or key == "loss") and not isinstance(value, dict):
             if key == "lora" and value is None:
                 continue
             raise InputError(f"config key {name!r} must be a section of keys and values, got {value!r}")

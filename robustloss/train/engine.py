@@ -218,10 +218,11 @@ def build_reference(config: RunConfig, device: torch.device) -> Any:
     return engine
 
 
-def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path) -> None:
+def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path, card: str = "") -> None:
     """Write the trained model as an ordinary Hugging Face folder (safetensors), whole or not at all.
 
-    A LoRA adapter is merged into the model, and kept beside it in `adapter/`. All processes call it.
+    A LoRA adapter is merged into the model, and kept beside it in `adapter/`. `card` is the text of its README.md,
+    "" for none. All processes call it.
     """
     if config.zero_stage == 3:
         weights = engine._zero3_consolidated_16bit_state_dict()
@@ -252,6 +253,8 @@ def save_model(engine: Any, config: RunConfig, tokenizer: Any, folder: Path) -> 
         vars(model.config).update(dropouts)
         model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    if card:
+        (temporary / "README.md").write_text(card, encoding="utf-8", newline="\n")
     replace_folder(temporary, folder)
 
 

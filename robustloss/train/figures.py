@@ -1,4 +1,6 @@
-"""The pictures of a run's report. Each is one entry of `FIGURES`: file, title, when it applies, drawing, caption.
+"""The pictures of a run's report, `FIGURES`, and of a comparison of runs, `COMPARISONS`.
+
+Each is one entry: file, title, when it applies, drawing, caption.
 
 [A] = arXiv 2406.05882.
 """
@@ -11,8 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -21,8 +25,8 @@ from robustloss.train.run_folder import SPLITS, Run
 # After Okabe and Ito, whose colours stay apart under every common colour blindness. They, and the grey of the text,
 # keep a contrast above 3 on white and on near-black alike, so one transparent picture serves light and dark pages.
 BLUE, GREEN, RED, PURPLE, GREY = "#1b80c4", "#009e73", "#d55e00", "#b3619b", "#7c828a"
+COLORS = (BLUE, RED, GREEN, PURPLE, "#a57c00", "#7a6fd0", "#c2455d", "#5f8f2c")  # of the runs of a comparison
 FEW_POINTS = 30  # up to here, every point is marked
-MANY_POINTS = 100  # from here on, the means of 40 blocks are drawn over the points
 SPLIT_LABELS = {"train": "training", "eval": "held out"}
 
 
@@ -61,8 +65,12 @@ def _lines(
     name: str = "",
     scale: float = 1.0,
     splits: Sequence[str] = SPLITS,
+    blocks: int = 40,
 ) -> None:
-    """A metric over the steps: training as a solid line, held out as rings on a dashed one."""
+    """A metric over the steps: training as a solid line, held out as rings on a dashed one.
+
+    Over a long training series, of more than 2.5 times as many points, its means over `blocks` blocks are drawn.
+    """
     for split in splits:
         steps, values = run.series(metric, split)
         if not np.isfinite(values).any():
@@ -72,13 +80,13 @@ def _lines(
             style = "--o" if len(steps) <= FEW_POINTS else "--"
             axes.plot(steps, values * scale, style, color=color if name else PURPLE, linewidth=1.3, markersize=4.5,
                       markerfacecolor="none", label=label, zorder=3)  # fmt: skip
-        elif len(steps) <= MANY_POINTS:
+        elif len(steps) <= 2.5 * blocks:
             style = "-o" if len(steps) <= FEW_POINTS else "-"
             axes.plot(steps, values * scale, style, color=color, linewidth=1.4, markersize=3, label=label)
         else:
             axes.plot(steps, values * scale, color=color, linewidth=0.5, alpha=0.3)
-            blocks = np.array_split(np.flatnonzero(np.isfinite(values)), 40)
-            means = [(steps[block].mean(), values[block].mean() * scale) for block in blocks if block.size]
+            parts = np.array_split(np.flatnonzero(np.isfinite(values)), blocks)
+            means = [(steps[part].mean(), values[part].mean() * scale) for part in parts if part.size]
             axes.plot(*np.transpose(means), color=color, linewidth=1.6, label=f"{label} (mean)")
 
 
@@ -163,9 +171,9 @@ def two_panels(*panels: tuple[str, str, float], splits: Sequence[str] = SPLITS) 
 class Entry(NamedTuple):
     name: str
     title: str
-    applies: Callable[[Run], object]
-    draw: Callable[[Figure, Run], None]
-    caption: str  # what a good run looks like
+    applies: Callable[[Any], object]  # of a `Run`, or in `COMPARISONS` of a list of `Compared`
+    draw: Callable[[Figure, Any], None]
+    caption: str  # what a good run looks like, or how to compare
 
 
 FIGURES = [
@@ -267,11 +275,152 @@ FIGURES = [
 ]
 
 
-def render(entry: Entry, run: Run) -> bytes:
+class Compared(NamedTuple):
+    """One of the runs of a comparison. Its name stays out of the pictures, where a "$" would begin a formula."""
+
+    name: str
+    color: str
+    run: Run
+
+
+def colors(count: int) -> list[str]:
+    """As many colours; beyond eight they are less far apart."""
+    if count <= len(COLORS):
+        return list(COLORS[:count])
+    return [to_hex(colormaps["turbo"](level)) for level in np.linspace(0.08, 0.92, count)]
+
+
+def _explain_lines(figure: Figure, *styles: tuple[str, str]) -> None:
+    """A legend of (line style, label) in place of the runs' own labels."""
+    for axes in figure.axes:
+        for line in axes.lines:
+            line.set_label("_")
+    for style, label in styles:
+        figure.axes[0].plot(
+            [], [], style, color=GREY, linewidth=1.4, markersize=4.5, markerfacecolor="none", label=label
+        )
+
+
+def over_each_other(
+    *panels: tuple[str, str, float], splits: Sequence[str] = SPLITS
+) -> Callable[[Figure, Sequence[Compared]], None]:
+    """Draw metrics, each given as (name, label, scale), of all runs over each other."""
+
+    def draw(figure: Figure, runs: Sequence[Compared]) -> None:
+        for axes, (metric, _, scale) in zip(_panels(figure, *(label for _, label, _ in panels)), panels, strict=True):
+            for compared in runs:
+                _lines(axes, compared.run, metric, compared.color, "run", scale, splits, blocks=16)
+        styles = {"train": ("-", SPLIT_LABELS["train"]), "eval": ("--o", SPLIT_LABELS["eval"])}
+        _explain_lines(figure, *(styles[split] for split in splits))
+
+    return draw
+
+
+def draw_quantiles_together(figure: Figure, runs: Sequence[Compared]) -> None:
+    panels = _panels(figure, "chosen (nats)", "rejected (nats)", x="quantile level")
+    for side, axes in enumerate(panels):
+        _mark(axes, 0.0)
+        for compared in runs:
+            rewards = compared.run.held_out(f"{compared.run.sides[side]}_rewards")
+            if rewards:
+                axes.plot(*quantile_curve(rewards[-1][1]), color=compared.color, linewidth=1.6)
+    _explain_lines(figure)
+
+
+def _any_has(*metrics: str, splits: Sequence[str] = SPLITS) -> Callable[[Sequence[Compared]], bool]:
+    return lambda runs: any(compared.run.has(*metrics, splits=splits) for compared in runs)
+
+
+COMPARISONS = [
+    Entry(
+        "loss",
+        "Loss",
+        _any_has("loss"),
+        over_each_other(("loss", "loss", 1.0)),
+        "Only curves of the same loss with the same options measure the same thing.",
+    ),
+    Entry(
+        "accuracy",
+        "Accuracy",
+        _any_has("rewards/accuracies"),
+        over_each_other(("rewards/accuracies", "ranked correctly", 1.0)),
+        "The share of pairs whose chosen completion has the larger reward: it compares across losses and temperatures.",
+    ),
+    Entry(
+        "margins",
+        "Reward margin",
+        _any_has("rewards/margins"),
+        over_each_other(("rewards/margins", "margin of the rewards (nats)", 1.0)),
+        "In each run's own reward, which is beta x log-ratio for most losses: a larger beta alone makes it larger.",
+    ),
+    Entry(
+        "rewards",
+        "Rewards",
+        _any_has("rewards/chosen", "rewards/rejected"),
+        over_each_other(("rewards/chosen", "chosen\n(nats)", 1.0), ("rewards/rejected", "rejected\n(nats)", 1.0)),
+        "A run that sinks both pushes completions down faster than it lifts the chosen ones. Unpaired data: desirable "
+        "and undesirable.",
+    ),
+    Entry(
+        "reward_quantiles",
+        "Quantiles of the rewards",
+        lambda runs: any(run.held_out(f"{side}_rewards") for _, _, run in runs for side in run.sides),
+        draw_quantiles_together,
+        "Held out, at each run's last evaluation. Averages hide tails: on the left fare the worst completions.",
+    ),
+    Entry(
+        "tilt",
+        "Tilt over the steps",
+        _any_has("tilt/effective_sample_size", "tilt/max_weight", splits=("train",)),
+        over_each_other(
+            ("tilt/effective_sample_size", "effective\nsample size", 1.0),
+            ("tilt/max_weight", "largest\nweight", 1.0),
+            splits=("train",),
+        ),
+        "The fewer samples count, the more a run is about its hardest pairs, and the noisier its steps.",
+    ),
+    Entry(
+        "dominance",
+        "Violation of dominance",
+        _any_has("dominance/violation_area", "dominance/violation_w1"),
+        over_each_other(
+            ("dominance/violation_area", "share of levels", 1.0), ("dominance/violation_w1", "W1 (nats)", 1.0)
+        ),
+        "How far the one distribution still is from lying above the other at every level.",
+    ),
+    Entry(
+        "penalty",
+        "Gradient penalty",
+        _any_has("penalty/value", "penalty/gradient_norm"),
+        over_each_other(("penalty/value", "penalty", 1.0), ("penalty/gradient_norm", "gradient\nnorm", 1.0)),
+        "How much small changes of the input move the loss.",
+    ),
+    Entry(
+        "optimizer",
+        "Optimiser",
+        _any_has("learning_rate", "gradient_norm"),
+        over_each_other(
+            ("learning_rate", "learning\nrate", 1.0), ("gradient_norm", "gradient\nnorm", 1.0), splits=("train",)
+        ),
+        "Gradient norms of different losses differ in scale; bursts are what to look for.",
+    ),
+    Entry(
+        "throughput",
+        "Throughput and memory",
+        _any_has("tokens_per_second", "peak_memory_bytes"),
+        over_each_other(
+            ("tokens_per_second", "tokens / s", 1.0), ("peak_memory_bytes", "peak GiB", 2.0**-30), splits=("train",)
+        ),
+        "Comparable on the same machine only.",
+    ),
+]
+
+
+def render(entry: Entry, drawn: Run | Sequence[Compared]) -> bytes:
     """The PNG of one picture, transparent, 920 x 580 pixels."""
     figure = Figure(figsize=(4.6, 2.9), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
-    entry.draw(figure, run)
+    entry.draw(figure, drawn)
     named = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()

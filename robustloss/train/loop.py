@@ -1,7 +1,8 @@
 """The training loop, from a config to a run's folder.
 
 A run folder holds config.yaml, environment.json, metrics.jsonl, evaluations/, tensorboard/, checkpoints/ and, at the
-end, model/ (an ordinary Hugging Face folder) and report.html. The same command goes on where a killed run stopped.
+end, model/ (an ordinary Hugging Face folder, with a model card) and report.html. The same command goes on where a
+killed run stopped.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from robustloss.train.guard import Guard
 from robustloss.train.inputs import BatchOrder, Inputs, load_inputs
 from robustloss.train.interrupt import Preemption
 from robustloss.train.metrics import MetricsWriter, peak_memory_bytes
+from robustloss.train.model_card import model_card
 from robustloss.train.output_dir import check_same_run, open_run, prepare_folder
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,8 @@ def _train(
     if first:
         _warn_of_batches(config, loss, order)
     save_every = max(1, total_steps // 10) if config.save_every is None else config.save_every
-    distributed.on_first(partial(open_run, config, _environment(device, world)))
+    environment = _environment(device, world)
+    distributed.on_first(partial(open_run, config, environment))
 
     distributed.seed_everything(config.seed)
     engine = build_engine(config, loss, total_steps, order.accumulation * loss.backwards_per_microbatch)
@@ -129,21 +132,22 @@ def _train(
     if done and first:
         print(f"{run_dir}: going on from step {done} of {total_steps}", flush=True)
 
-    def evaluation(step: int) -> float | None:
+    def evaluation(step: int) -> dict[str, float]:
         count = len(inputs.examples["eval"])
         if not count:
-            return None
+            return {}
         collate = partial(inputs.collate, "eval", device=device)
         add_reference = partial(reference, "eval")
         values, arrays = evaluate(engine, count, collate, add_reference, size=config.batch.microbatch, device=device)
         metrics.write(step, "eval", {"seconds": time.monotonic() - began, **values})
         metrics.evaluation(step, arrays, values)
-        return values["loss"]
+        return values
 
     def microbatches(step: int) -> list[dict[str, Tensor]]:
         rows = [order.microbatch_rows(step - 1, rank, microstep) for microstep in range(order.accumulation)]
         return [reference("train", inputs.collate("train", part, device)) for part in rows]
 
+    held_out: dict[str, float] = {}
     if done == 0:
         evaluation(0)
     engine.train()
@@ -173,11 +177,12 @@ def _train(
                     _check_first_loss(config, loss, values["loss"])
                 metrics.write(step, "train", {"seconds": time.monotonic() - began, **values})
             metrics.advance()
-            held_out = None
+            held_out = {}
             if step == total_steps or (config.eval_every and step % config.eval_every == 0):
                 held_out = evaluation(step)
-            if config.eval_every and held_out is not None:
-                lowest = save_best(engine, config, inputs.tokenizer, run_dir, held_out, lowest)
+            if config.eval_every and held_out:
+                card = model_card(config, environment, step, held_out)
+                lowest = save_best(engine, config, inputs.tokenizer, run_dir, held_out["loss"], lowest, card)
             if saves:
                 state = {
                     "seconds": time.monotonic() - began,
@@ -186,15 +191,16 @@ def _train(
                     "guard": guard.state_dict(),
                     "lowest": lowest,
                 }
-            if saves or writes or held_out is not None:
+            if saves or writes or held_out:
                 metrics.check()
             if saves:
-                save_checkpoint(engine, checkpoints, step, state, config.keep_checkpoints, held_out)
+                save_checkpoint(engine, checkpoints, step, state, config.keep_checkpoints, held_out.get("loss"))
             done = step
             if stops:
                 break
         if done == total_steps:
-            save_model(engine, config, inputs.tokenizer, run_dir / "model")
+            card = model_card(config, environment, total_steps, held_out)
+            save_model(engine, config, inputs.tokenizer, run_dir / "model", card)
     metrics.close()
     metrics.check()
     return total_steps - done

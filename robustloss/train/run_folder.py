@@ -47,6 +47,7 @@ class Run:
     environment: dict[str, Any]
     rows: dict[str, list[dict[str, float]]]  # by split, in the order of their steps
     evaluations: list[tuple[int, dict[str, np.ndarray]]]  # (step, arrays over the held-out split), in order
+    is_finished: bool  # whether the trained model stands there
 
     def series(self, metric: str, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a metric, float64 [n] both; values may be NaN or infinite."""
@@ -104,7 +105,10 @@ def _number(value: Any, where: str) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{where} must be a number or null, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{where} must be a number that a float can hold, got {str(value)[:20]}...") from None
 
 
 def _read_metrics(path: Path) -> dict[str, list[dict[str, float]]]:
@@ -136,7 +140,14 @@ def _read_evaluation(path: Path) -> tuple[int, dict[str, np.ndarray]]:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read a run folder; ValueError names the missing or malformed file, and the line where there is one."""
+    """Read a run folder, which a run may be at work in; it holds its files itself, and no links.
+
+    Raises:
+        ValueError: a file is missing, malformed or a link; the message names it, and the line where there is one.
+    """
+    linked = links_in(run_dir)
+    if linked:
+        raise ValueError(f"{run_dir / linked[0]}: is a link; a report is written and read in the run's own folder only")
     path = run_dir / "config.yaml"
     text = _read_text(path)
     try:
@@ -147,6 +158,10 @@ def read_run(run_dir: Path) -> Run:
     loss = config.get("loss") if isinstance(config, dict) else None
     if not isinstance(loss, dict) or not isinstance(loss.get("name"), str):
         raise ValueError(f"{path}: must hold the loss's name as loss.name, got loss = {loss!r}")
+    for section in ("model", "data"):
+        if not isinstance(config.get(section) or {}, dict):
+            raise ValueError(f"{path}: {section} must be a section of keys and values, got {config[section]!r}")
     environment = _parse_object(_read_text(run_dir / "environment.json"), run_dir / "environment.json")
     evaluations = sorted(map(_read_evaluation, (run_dir / "evaluations").glob("*.json")), key=lambda pair: pair[0])
-    return Run(config, text, environment, _read_metrics(run_dir / "metrics.jsonl"), evaluations)
+    metrics = _read_metrics(run_dir / "metrics.jsonl")
+    return Run(config, text, environment, metrics, evaluations, is_finished=(run_dir / "model").is_dir())

@@ -2,7 +2,8 @@
 
 import sys
 
-from robustloss.train import cli, report
+from robustloss import cli
+from robustloss.train import report
 
 if __name__ == "__main__":
     report.write_report = lambda run_dir: run_dir / "report.html"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import pair_rows, save_tiny, tiny_gpt2, unpaired_rows, write_rows
 
-from robustloss.train.cli import main
+from robustloss.cli import main
 from robustloss.train.config import DiskError, InputError, input_errors
 from robustloss.train.distributed import raised_by_all
 from robustloss.train.loop import _finish
@@ -272,7 +272,7 @@ def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
 
 def test_the_process_ends_with_code_2_and_says_nothing_else(tiny, tmp_path):
     finished = subprocess.run(
-        [sys.executable, "-m", "robustloss.train.cli", "--local_rank=0", "train", f"model.name_or_path={tiny.gpt2}"],
+        [sys.executable, "-m", "robustloss", "--local_rank=0", "train", f"model.name_or_path={tiny.gpt2}"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

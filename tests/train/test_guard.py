@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from guard_worker import CELLS
 
-from robustloss.train import cli
+from robustloss import cli
 from robustloss.train.guard import TOLD_ROWS, Guard, TooManySkippedSteps
 
 TIMEOUT = 300  # seconds

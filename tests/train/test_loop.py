@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_models import pair_rows, unpaired_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from robustloss.train import cli
+from robustloss import cli
 from robustloss.train.checkpoint import completed_checkpoints
 from robustloss.train.config import InputError, load_config
 from robustloss.train.engine import learning_rate_factor

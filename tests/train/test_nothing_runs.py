@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from tiny_models import byte_tokenizer, pair_rows, save_tiny, tiny_gpt2, unpaired_rows, write_rows
 
 import robustloss
+from robustloss.cli import main
 from robustloss.train import report
-from robustloss.train.cli import main
 from robustloss.train.config import InputError, load_config
 from robustloss.train.data import tokenize_rows
 from robustloss.train.engine import load_model, load_model_config, load_tokenizer

@@ -32,7 +32,7 @@ def command(tiny, run_dir: Path, processes: int, **changes) -> list[str]:
     config.write_text(json.dumps(settings))
     alone = [sys.executable]
     together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*(alone if processes == 1 else together), "-m", "robustloss.train.cli", "train", "--config", str(config)]
+    return [*(alone if processes == 1 else together), "-m", "robustloss", "train", "--config", str(config)]
 
 
 def environment() -> dict[str, str]:

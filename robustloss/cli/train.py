@@ -1,4 +1,4 @@
-"""The command line: `robustloss train [--config run.yaml] [key=value ...]`."""
+"""`robustloss train [--config run.yaml] [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robustloss._version import __version__
+from robustloss.cli._errors import fail, fail_missing
+from robustloss.cli.completion import FILE, TRAIN_KEYS
 
 if TYPE_CHECKING:
     from robustloss.train.config import RunConfig
 
-DESCRIPTION = "Fine-tune causal language models with distributional preference losses."
-TRAIN = """\
+DESCRIPTION = """\
 Fine-tune a Hugging Face causal language model on preference data, with DeepSpeed.
 
   robustloss train                                        a small demonstration: data, model and all
   robustloss train loss.name=dpo                          the same with another loss
   robustloss train --config run.yaml                      your own run
   robustloss train --config run.yaml loss.tau=0.1 seed=1  with some keys overridden
-  torchrun --nproc_per_node 8 -m robustloss.train.cli train --config run.yaml
-  deepspeed --module robustloss.train.cli train --config run.yaml
+  torchrun --nproc_per_node 8 -m robustloss train --config run.yaml
+  deepspeed --module robustloss train --config run.yaml
 
 A run.yaml that is complete:
 
   model: {name_or_path: Qwen/Qwen3-0.6B}         # a Hugging Face name or a local folder
   data: {train: pairs.jsonl}                     # prompt, chosen, rejected; or prompt, completion, label
-  loss: {name: kldpo, beta: 0.1, tau: 0.5}       # or dpo, wdpo, aot_paired, aot_unpaired, kto
+  loss: {name: kldpo, beta: 0.1, tau: 0.5}       # or another: robustloss losses
   output_dir: runs/first
 
 The same command goes on where a killed run stopped. At the end output_dir holds model/ and report.html.
@@ -45,9 +45,24 @@ Exit codes: 0 finished, or stopped by SIGTERM; 2 a mistake in the settings or th
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code (see `robustloss train --help`); an error is told in one line."""
-    arguments = _parser().parse_args(argv)
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="fine-tune a model",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    config = parser.add_argument(
+        "--config", type=Path, help="a YAML file; without it, model and data: the demonstration"
+    )
+    config.complete = FILE
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    overrides = parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
+    overrides.complete = TRAIN_KEYS
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="robustloss: %(message)s", level=logging.WARNING)
     logging.getLogger("robustloss").setLevel(logging.INFO if _speaks() else logging.ERROR)
     try:
@@ -57,16 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    # The loop, torch and transformers take seconds to import; --help should not wait for them.
     try:
         from robustloss.train.config import MACHINE_ERRORS, DiskError, InputError, load_config
         from robustloss.train.distributed import LostProcessError, raised_by_all, telling_lost_processes
         from robustloss.train.guard import TooManySkippedSteps
         from robustloss.train.loop import run
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("robustloss"):
-            raise
-        return _fail(f'training needs {error.name}, which is not installed: pip install "robustloss[train]"')
+        return fail_missing("training", error, "train")
 
     try:
         with telling_lost_processes(), _telling_full_disks():
@@ -79,19 +91,19 @@ def _train(arguments: argparse.Namespace) -> int:
                 _prepare_demo(config)
             run(config)
     except DiskError as error:
-        return _fail(str(error), code=1) if _speaks(error) else 1
+        return fail(str(error), code=1) if _speaks(error) else 1
     except InputError as error:
-        return _fail(str(error)) if _speaks(error) else 2
+        return fail(str(error)) if _speaks(error) else 2
     except TooManySkippedSteps as error:  # which every process finds
-        return _fail(str(error)) if _speaks() else 2
+        return fail(str(error)) if _speaks() else 2
     except FloatingPointError as error:
-        return _fail(str(error))  # it may be one process's alone
+        return fail(str(error))  # it may be one process's alone
     except LostProcessError as error:
-        return _fail(str(error), code=3)
+        return fail(str(error), code=3)
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
-        return _fail(f"{error}; the same command goes on from the last checkpoint", code=1)
+        return fail(f"{error}; the same command goes on from the last checkpoint", code=1)
     except KeyboardInterrupt:
         print("robustloss: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -113,13 +125,6 @@ def _telling_full_disks() -> Iterator[None]:
         raise
 
 
-def _fail(message: str, code: int = 2) -> int:
-    rank = os.environ.get("RANK", "0")
-    where = f"[process {rank}] " if rank != "0" else ""
-    print(f"robustloss: error: {where}{' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
 def _leave_process_group() -> None:
     """The demonstration's processes meet before the run does, so it is not the run that parts them; and what an error
     held while the run ended, groups among it, goes before the process does."""
@@ -131,24 +136,6 @@ def _leave_process_group() -> None:
         distributed.stop()
     for _ in range(2):  # an engine has a finaliser, and what a finaliser has seen goes at the second time
         gc.collect()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="robustloss", description=DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"robustloss {__version__}")
-    # `deepspeed` puts it before the arguments; the environment says the same.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="train")
-    train = commands.add_parser(
-        "train",
-        help="fine-tune a model (robustloss train --help)",
-        description=TRAIN,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    train.add_argument("--config", type=Path, help="a YAML file; without it, model and data: the demonstration")
-    train.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
-    return parser
 
 
 def _speaks(error: Exception | None = None) -> bool:
@@ -192,7 +179,3 @@ def _prepare_demo(config: RunConfig) -> None:
         distributed.on_first(prepare)
     else:
         prepare()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
