@@ -109,7 +109,7 @@ class RobustDPOTrainer(GlobalBatchMixin, DPOTrainer):
     def with_reference(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         if self.precompute_ref_logps:
             return inputs
-        # Before TRL 1.12 it finds its model itself.
+        # Before TRL 1.9 it finds its model itself.
         models = () if _takes_one(DPOTrainer.compute_ref_log_probs) else (self.ref_model or self.model,)
         return {**inputs, **dict(zip(REFERENCE, self.compute_ref_log_probs(*models, inputs), strict=True))}
 
@@ -229,8 +229,8 @@ def _check_options(loss: PreferenceLoss, args: DPOConfig | None) -> None:
             raise ValueError(f"DPOConfig({name}={value!r}) would be ignored, the loss being {loss}: {instead}")
     if args.beta not in (_default("beta"), loss.beta):
         raise ValueError(f"DPOConfig(beta={args.beta}) contradicts {loss}: give beta to the loss")
-    # It replaces the loss as long as there is a method for it, and later the layers only.
-    if args.use_liger_kernel and hasattr(DPOTrainer, "_compute_loss_liger"):
+    # Before the fused head it replaces the loss (up to 1.13) or the logits (1.14), and later the layers only.
+    if args.use_liger_kernel and not FUSED_HEAD:
         raise ValueError("DPOConfig(use_liger_kernel=True) would replace the loss: leave it out")
 
 
