@@ -1,7 +1,7 @@
-"""Builds `csrc/` as `robustloss._C` and installs the top-level `kernels/` as `robustloss.kernels`.
+"""Builds `csrc/` as `robustloss._C`, and installs the top-level `kernels/` and `bench/` as parts of the package.
 
 The metadata is in pyproject.toml. In the environment, `ROBUSTLOSS_BUILD_EXT=0` leaves the extension out and `CXX` names
-the compiler.
+the compiler. Without torch or a compiler it is left out as well, and the wheel is one for any platform.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-SKIP_EXTENSION = os.environ.get("ROBUSTLOSS_BUILD_EXT", "1") == "0"
 ROW_KERNELS = sorted(glob("csrc/*_kernel.cpp"))
 
 # Each row kernel is compiled once per instruction set and chosen at run time: a wheel built here runs elsewhere.
@@ -28,23 +30,28 @@ if platform.machine() == "x86_64":
     INSTRUCTION_SETS["AVX512"] = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 
 
-def announce(message: str) -> None:
-    print(f"robustloss: {message}", file=sys.stderr)
+def why_no_extension() -> str | None:
+    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "")[:1]
+    if os.environ.get("ROBUSTLOSS_BUILD_EXT", "1") == "0":
+        return "because ROBUSTLOSS_BUILD_EXT=0"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not there: install it, then use --no-build-isolation"
+    if not compiler or shutil.which(compiler[0]) is None:
+        return f"no compiler {compiler[0] if compiler else 'of the Unix kind'} was found"
+    return None
+
+
+WHY_NO_EXTENSION = why_no_extension()
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        if WHY_NO_EXTENSION:
+            print(f"robustloss: installing without the C++ extension, {WHY_NO_EXTENSION}", file=sys.stderr)
+        super().run()
 
 
 class BuildExtension(build_ext):
-    def build_extensions(self) -> None:
-        compiler = self.compiler.compiler_cxx[0] if self.compiler.compiler_type == "unix" else None
-        if importlib.util.find_spec("torch") is None:
-            announce(
-                "installing without the C++ extension: torch is not there; install it, then use --no-build-isolation"
-            )
-            self.extensions = []
-        elif compiler is None or shutil.which(compiler) is None:
-            announce(f"installing without the C++ extension, no compiler {compiler or 'of the Unix kind'} was found")
-            self.extensions = []
-        super().build_extensions()
-
     def build_extension(self, extension: Extension) -> None:
         # Imported here, because reading the metadata must not need torch.
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -74,14 +81,11 @@ class BuildExtension(build_ext):
         super().build_extension(extension)
 
 
-if SKIP_EXTENSION:
-    announce("installing without the C++ extension, because ROBUSTLOSS_BUILD_EXT=0")
-
 setup(
-    packages=[*find_packages(include=["robustloss", "robustloss.*"]), "robustloss.kernels"],
-    package_dir={"robustloss": "robustloss", "robustloss.kernels": "kernels"},
+    packages=[*find_packages(include=["robustloss", "robustloss.*"]), "robustloss.kernels", "robustloss.bench"],
+    package_dir={"robustloss": "robustloss", "robustloss.kernels": "kernels", "robustloss.bench": "bench"},
     ext_modules=[]
-    if SKIP_EXTENSION
+    if WHY_NO_EXTENSION
     else [
         Extension(
             "robustloss._C",
@@ -90,5 +94,5 @@ setup(
             language="c++",
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
 )

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bench.results import CEILINGS, OURS
+from .results import CEILINGS, OURS
 
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
 

@@ -26,7 +26,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench.compile_cases import cases
+from .compile_cases import cases
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

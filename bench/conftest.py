@@ -1,4 +1,7 @@
-"""`python -m pytest bench`: measure every case, print the ratios, and write them down where --results says."""
+"""`python -m pytest bench`: measure every case, print the ratios, and write them down where --results says.
+
+Installed, `python -m robustloss.bench` takes the options below; `pytest --pyargs robustloss.bench` knows none of them.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import results
-from bench.cases import DEVICE, Absent, Case
-from bench.measure import (
+from . import results
+from .cases import DEVICE, Absent, Case
+from .measure import (
     MemoryUnknown,
     launches,
     memory_on_cpu,
@@ -20,9 +23,9 @@ from bench.measure import (
     timing_of_calls,
     timing_on_gpu,
 )
-from bench.report import tables
-from bench.results import Result
-from bench.suites import SUITES
+from .report import tables
+from .results import Result
+from .suites import SUITES
 
 MEASURED = pytest.StashKey[dict[tuple, Result]]()
 OUT_OF_TIME = pytest.StashKey[bool]()
@@ -42,7 +45,7 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.option.benchmark_quiet = True  # its own table of everything by everything says less than the summary below
-    folder = config.getoption("results")
+    folder = config.getoption("results", None)
     held = results.load(folder / results.file_name()) if folder else []
     current = (results.commit(), results.device_name(), torch.get_num_threads())
     config.stash[MEASURED] = {
@@ -55,7 +58,7 @@ def contest(request) -> Iterator[Callable[[Case], None]]:
     """`contest(case)`: measure it and write it down, or write down why it is absent."""
     config = request.config
     measured = config.stash[MEASURED]
-    folder, seconds = config.getoption("results"), config.getoption("seconds")
+    folder, seconds = config.getoption("results", None), config.getoption("seconds", None)
 
     def note(result: Result) -> None:
         measured[result.key] = result
@@ -64,7 +67,7 @@ def contest(request) -> Iterator[Callable[[Case], None]]:
 
     def run(case: Case) -> None:
         blank = result_of(case)
-        if blank.key in results.finished(measured.values()) and not config.getoption("again"):
+        if blank.key in results.finished(measured.values()) and not config.getoption("again", None):
             pytest.skip("measured already")
         if seconds is not None and time.monotonic() - START > seconds:
             config.stash[OUT_OF_TIME] = True

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import TRAINING, Case, Peer, Problem, Suite, compiled, ours
-from bench.results import OURS
+from .cases import TRAINING, Case, Peer, Problem, Suite, compiled, ours
+from .results import OURS
 
 LossFunction = Callable[..., Tensor]
 

@@ -10,11 +10,11 @@ sheet's 4.8 TB/s and 989 TFLOP/s (dense bfloat16), of which 90% and 80% are take
 
 from __future__ import annotations
 
-from bench import linear_sequence_logps, sequence_logps
-from bench.cases import BACKWARD, FORWARD, TRAINING, Case, Shape
-from bench.linear_sequence_logps import FROZEN, KNOWN
-from bench.results import PRODUCTS
-from bench.sequence_logps import TRAFFIC
+from . import linear_sequence_logps, sequence_logps
+from .cases import BACKWARD, FORWARD, TRAINING, Case, Shape
+from .linear_sequence_logps import FROZEN, KNOWN
+from .results import PRODUCTS
+from .sequence_logps import TRAFFIC
 
 BANDWIDTH = 0.9 * 4.8e12  # bytes a second
 MATRIX_RATE = 0.8 * 989e12  # flops a second

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import FORWARD, TRAINING, Absent, Case, Peer, Problem, Shape, Suite, compiled, ours
-from bench.results import OURS, PRODUCTS
-from bench.sequence_logps import (
+from .cases import FORWARD, TRAINING, Absent, Case, Peer, Problem, Shape, Suite, compiled, ours
+from .results import OURS, PRODUCTS
+from .sequence_logps import (
     GPU_TOKENS_AND_VOCABULARY,
     LogitsFunction,
     cross_entropy,

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from bench import results
-from bench.cases import BACKWARD, Case, Problem
-from bench.results import Result
+from . import results
+from .cases import BACKWARD, Case, Problem
+from .results import Result
 
 SECONDS = 1.5  # of measuring per case, but
 MOST_ROUNDS = 9  # of one call, and

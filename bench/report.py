@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from bench.results import CEILINGS, OURS, ROOT, Result, load
+from .results import CEILINGS, OURS, Result, load
 
 # Colours that differ in print and for the colour-blind.
 OURS_COLOUR, PEER_COLOUR, CEILING_COLOUR = "#0b6e99", "#b8b8b8", "#e0c46c"
@@ -285,7 +285,7 @@ def _slug(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER")
     try:
         paths = write(parser.parse_args(arguments).results)
     except FileNotFoundError as error:

@@ -138,12 +138,15 @@ def finished(results: Iterable[Result]) -> set[tuple]:
 
 @cache
 def commit() -> str:
-    """The short commit; where sources differ from it, or there is no git, also a hash of them.
+    """The short commit; where sources differ from it, or there is no git, also a hash of them. Of an installation, its
+    version.
 
     The environment's ROBUSTLOSS_COMMIT overrides it, for a copy without git.
     """
     if given := os.environ.get("ROBUSTLOSS_COMMIT"):
         return given
+    if not (ROOT / "setup.py").exists():  # whatever repository an environment may lie in
+        return metadata.version("robustloss")
     git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import BACKWARD, FORWARD, TRAINING, Absent, Case, Peer, Problem, Suite, compiled, ours
-from bench.results import COPY, OURS, READ
+from .cases import BACKWARD, FORWARD, TRAINING, Absent, Case, Peer, Problem, Suite, compiled, ours
+from .results import COPY, OURS, READ
 
 LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 

@@ -21,8 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench.cases import TRAINING, Case, Peer, Problem, Suite, ours
-from bench.results import OURS, SORT
+from .cases import TRAINING, Case, Peer, Problem, Suite, ours
+from .results import OURS, SORT
 
 SoftSort = Callable[[Tensor, str, float], Tensor]
 

@@ -1,6 +1,6 @@
 """All suites, by op."""
 
-from bench import coupled_losses, linear_sequence_logps, sequence_logps, soft_sort, training_step
+from . import coupled_losses, linear_sequence_logps, sequence_logps, soft_sort, training_step
 
 SUITES = {
     module.SUITE.op: module.SUITE

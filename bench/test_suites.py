@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from bench.cases import DEVICE
-from bench.suites import SUITES
+from .cases import DEVICE
+from .suites import SUITES
 
 
 def pytest_generate_tests(metafunc):
-    op, tiny = (metafunc.config.getoption(name) for name in ("op", "tiny"))
+    op, tiny = (metafunc.config.getoption(name, None) for name in ("op", "tiny"))
     suites = [SUITES[op]] if op else SUITES.values()
-    metafunc.parametrize("case", [case for suite in suites for case in suite.cases(DEVICE, tiny)], ids=str)
+    metafunc.parametrize("case", [case for suite in suites for case in suite.cases(DEVICE, bool(tiny))], ids=str)
 
 
 def test_contest(contest, case):

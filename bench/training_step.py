@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bench.cases import Absent, Case, Peer, Problem, Suite, ours
-from bench.results import OURS
+from .cases import Absent, Case, Peer, Problem, Suite, ours
+from .results import OURS
 
 KLDPO, WDPO = "KLDPO", "WDPO"
 DPO, GIANT, EXACT = "DPO, microbatch by microbatch", "one giant batch", "double backward"

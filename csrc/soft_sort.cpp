@@ -246,11 +246,11 @@ std::tuple<Tensor, Tensor, Tensor> project(const Tensor& values, bool descending
 
 template <bool by_index, typename L2, typename KL>
 std::tuple<Tensor, Tensor, Tensor> soft(const Tensor& values, bool descending,
-                                        std::string_view regularization, double strength) {
+                                        std::string_view regularization, const at::Scalar& strength) {
     TORCH_CHECK_VALUE(regularization == "l2" || regularization == "kl",
                       "regularization must be one of 'l2', 'kl', got ", regularization);
-    return regularization == "l2" ? project<by_index, L2>(values, descending, strength)
-                                  : project<by_index, KL>(values, descending, strength);
+    return regularization == "l2" ? project<by_index, L2>(values, descending, strength.toDouble())
+                                  : project<by_index, KL>(values, descending, strength.toDouble());
 }
 
 /// Calls visit(row, begin, end) for every block.
@@ -328,7 +328,8 @@ Tensor soft_sort_bwd(const Tensor& grad_sorted, const std::optional<Tensor>& val
 }
 
 Tensor soft_rank_bwd(const Tensor& grad_ranks, const std::optional<Tensor>& values, const Tensor& order,
-                     const Tensor& block_start, bool descending, double strength) {
+                     const Tensor& block_start, bool descending, const at::Scalar& given_strength) {
+    const double strength = given_strength.toDouble();
     check_backward(grad_ranks, values, order, block_start);
     const int64_t n = block_start.size(1);
     const Tensor upstream = grad_ranks.to(at::toOpMathType(grad_ranks.scalar_type())).contiguous();

@@ -20,7 +20,7 @@ NaN, as they do in a model. Results are float32 whatever the input type (float64
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -182,7 +182,8 @@ def linear_sequence_logps(
 
     With 2 N H V flops a product, N the counted tokens: 2 NHV where nothing needs a gradient, 4 NHV where only the
     hidden states do, 6 NHV (up to H tokens, 8 NHV for many more) where the weight does. See the module
-    `robustloss.ops.linear_token_logps`.
+    `robustloss.ops.linear_token_logps`. On a GPU the host waits for the number of counted tokens, so CUDA graphs
+    do not take it, and torch.compile(mode="reduce-overhead") leaves it out of its own.
 
     Args:
         hidden: [B, T, H], or [N, H] or [1, N, H] with `cu_seqlens`: the last hidden states h.
@@ -228,7 +229,7 @@ def linear_sequence_logps(
             head, labels.flatten(), options, n_statistics, recompute, process_group, vocabulary_start or 0
         )
     if n_statistics == 3 and logit_scale != 1.0:
-        statistics = statistics * statistics.new_tensor([1.0, 1.0, logit_scale]).unsqueeze(-1)
+        statistics = torch.cat([statistics[:2], logit_scale * statistics[2:]])
     return _reduce(
         logps.view(labels.shape),
         statistics.view(n_statistics, *labels.shape),
@@ -340,7 +341,7 @@ def linear_sequence_logratios(
     *,
     policy_bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor:  # [B]
     """Log-ratio of each sequence from both models' hidden states; no gradient reaches the reference.
 
@@ -445,7 +446,8 @@ def _reduce(
             0
         ]
 
-    reduced = [total(values) for values in statistics]
+    # Iterating over none of them would leave a node in an exported program that torch.export.load refuses.
+    reduced = [total(statistics[index]) for index in range(statistics.shape[0])]
     if not reduced:
         return total(logps)
     return (total(logps), TokenStatistics(*reduced)) if len(reduced) == 3 else (total(logps), reduced[0])

@@ -64,7 +64,7 @@ class NonFiniteError(FloatingPointError):
 
     def __init__(self, message: str, positions: Sequence[tuple[int, int, int]] = ()):
         super().__init__(message)
-        self.positions = list(positions)
+        self.positions: list[tuple[int, int, int]] = list(positions)
 
 
 class GlobalBatch(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -92,18 +93,21 @@ def check_number(
     at_least: float | None = None,
     below: float | None = None,
 ) -> float:
-    """Refuse what is no finite number (TypeError), or one outside the open or closed bounds (ValueError)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Refuse what is no finite number (TypeError), or one outside the open or closed bounds (ValueError).
+
+    A number that torch.compile or torch.export holds as a symbol is returned as it is, so that it stays one.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     if not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be larger than any float
         raise ValueError(f"{name} must be finite, got {value if isinstance(value, float) else 'a larger integer'}")
     if above is not None and not value > above:
-        raise ValueError(f"{name} must be > {above:g}, got {value:g}")
+        raise ValueError(f"{name} must be > {above:g}, got {float(value)}")
     if at_least is not None and not value >= at_least:
-        raise ValueError(f"{name} must be >= {at_least:g}, got {value:g}")
+        raise ValueError(f"{name} must be >= {at_least:g}, got {float(value)}")
     if below is not None and not value < below:
-        raise ValueError(f"{name} must be < {below:g}, got {value:g}")
-    return float(value)
+        raise ValueError(f"{name} must be < {below:g}, got {float(value)}")
+    return float(value) if isinstance(value, (int, float)) else cast(float, torch.sym_float(value))
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:

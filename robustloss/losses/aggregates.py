@@ -109,7 +109,7 @@ class KLTilt(FusedAggregate):
     normalize: bool = True
     max_weight: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.tau is None) == (self.rho is None):
             raise ValueError(f"give exactly one of tau and rho, got tau={self.tau} and rho={self.rho}")
         if self.tau is not None:
@@ -159,7 +159,7 @@ class CVaR(FusedAggregate):
 
     alpha: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("alpha", self.alpha, above=0)
         if self.alpha > 1:
             raise ValueError(f"alpha must be <= 1 (the share of the batch that is averaged), got {self.alpha:g}")
@@ -191,7 +191,7 @@ class ChiSquare(FusedAggregate):
 
     rho: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("rho", self.rho, at_least=0)
 
     @property
@@ -221,7 +221,7 @@ class TotalVariation(FusedAggregate):
 
     rho: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("rho", self.rho, at_least=0)
         if self.rho > 1:
             raise ValueError(f"rho must be <= 1 (the share of the mass that moves), got {self.rho:g}")
@@ -251,7 +251,7 @@ class SoftMin(FusedAggregate):
 
     beta_prime: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("beta_prime", self.beta_prime, above=0)
 
     @property

@@ -34,9 +34,8 @@ SINGLE = "a sort of one sample a side is plain DPO on it"
 
 
 def _warn(message: str) -> None:
-    if not torch.compiler.is_compiling():
-        # Past forward and the two frames of nn.Module's call, at the caller's line.
-        warnings.warn(f"{message}; give larger batches, as the loss compares distributions", UserWarning, stacklevel=5)
+    # Past forward and the two frames of nn.Module's call, at the caller's line.
+    warnings.warn(f"{message}; give larger batches, as the loss compares distributions", UserWarning, stacklevel=5)
 
 
 class SortedLoss(PreferenceLoss):
@@ -55,8 +54,8 @@ class SortedLoss(PreferenceLoss):
         reduction: str = "mean",
     ):
         super().__init__(beta, link, label_smoothing, reduction)
-        self.sort = check_choice("sort", sort, SORTS)
-        self.strength = _check_strength(strength)
+        self.sort: str = check_choice("sort", sort, SORTS)
+        self.strength: float | str = _check_strength(strength)
         if sort == "hard" and strength != "auto":
             raise ValueError(
                 f"strength={strength!r} softens a sort, and sort is 'hard': give sort='soft_l2', or leave it out"
@@ -77,9 +76,9 @@ class SortedLoss(PreferenceLoss):
             return soft_sort(samples, regularization=regularization, strength=given)
         # A constant of the problem, and a tensor: the host does not wait for it.
         fixed = samples.detach()
-        scale = (fixed - fixed.mean()).square().mean().sqrt() if len(fixed) else fixed.new_ones(())
-        scale = torch.where(scale > 0, scale, 1.0)
-        return scale * soft_sort(samples / scale, regularization=regularization, strength=max(1, len(samples)) / 4)
+        scale = (fixed - fixed.mean()).square().mean().sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)  # 0 of equal samples, NaN of none
+        return scale * soft_sort(samples / scale, regularization=regularization, strength=max(1, samples.shape[0]) / 4)
 
     def _check_soft(self, names: tuple[str, ...], logps: tuple[Tensor, ...], weights: Tensor | None) -> None:
         if weights is not None:
@@ -175,7 +174,7 @@ class AOTPairedLoss(SortedLoss, PairedLoss):
             raise
         if weights is not None and _is_zero(loss):
             check_weight_values(weights)
-        if len(pc) == 1:
+        if not torch.compiler.is_compiling() and len(pc) == 1:
             _warn(f"{type(self).__name__}: {SINGLE}")
         if not return_metrics:
             return loss
@@ -219,7 +218,8 @@ class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
             weights: [B], sample weights >= 0, normalised within each class.
             return_metrics: also return a dict of detached scalars.
 
-        A soft sort splits the classes first, so on a GPU the host waits for their sizes.
+        A soft sort splits the classes first: on a GPU the host waits for their sizes, and neither CUDA graphs nor
+        torch.compile(fullgraph=True) take it.
 
         Returns:
             A scalar, float32 or float64; or (scalar, metrics). A batch that holds one class only has nothing to
@@ -250,7 +250,8 @@ class AOTUnpairedLoss(SortedLoss, UnpairedLoss):
         one_class = _is_zero(loss) and self._is_one_class(desirable, weights)
         if one_class and len(desirable):
             _warn(f"{type(self).__name__}: one class only in a batch of {len(desirable)}, so there is nothing to match")
-        elif len(desirable) == 2 and desirable.device.type == "cpu":  # elsewhere the two may be of one class
+        elif not torch.compiler.is_compiling() and len(desirable) == 2 and desirable.device.type == "cpu":
+            # Elsewhere the two may be of one class.
             _warn(f"{type(self).__name__}: {SINGLE}")
         if not return_metrics:
             return loss

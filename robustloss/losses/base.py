@@ -30,6 +30,8 @@ UNPAIRED_NAMES = ("policy_logps", "ref_logps")
 class PreferenceLoss(nn.Module):
     """A loss of sequence log-probabilities: a margin, a link and an aggregate."""
 
+    beta: float
+    label_smoothing: float
     paired: bool  # whether forward takes (chosen, rejected) pairs or single completions with a label
     coupled: bool  # whether a sample's gradient depends on the other samples of the batch
     needs_embeddings = False  # whether forward differentiates by the input embeddings (`embeddings=`)
@@ -128,15 +130,15 @@ def check_weights(weights: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def reward_metrics(
-    chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_logps: Tensor, rejected_logps: Tensor
+    chosen_reward: Tensor, rejected_reward: Tensor, chosen_logp: Tensor, rejected_logp: Tensor
 ) -> dict[str, Tensor]:
     """Means over each side under the names users grep for; NaN where a side is empty."""
     metrics = {
-        "rewards/chosen": chosen_rewards.mean(),
-        "rewards/rejected": rejected_rewards.mean(),
-        "rewards/margins": chosen_rewards.mean() - rejected_rewards.mean(),
-        "logps/chosen": chosen_logps.mean(),
-        "logps/rejected": rejected_logps.mean(),
+        "rewards/chosen": chosen_reward,
+        "rewards/rejected": rejected_reward,
+        "rewards/margins": chosen_reward - rejected_reward,
+        "logps/chosen": chosen_logp,
+        "logps/rejected": rejected_logp,
     }
     return {name: value.detach() for name, value in metrics.items()}
 
@@ -171,7 +173,7 @@ class PairedLoss(PreferenceLoss):
 
     def _metrics(self, pc: Tensor, pr: Tensor, rc: Tensor, rr: Tensor) -> dict[str, Tensor]:
         chosen, rejected = self.rewards(pc.detach(), rc), self.rewards(pr.detach(), rr)
-        metrics = reward_metrics(chosen, rejected, pc, pr)
+        metrics = reward_metrics(*(values.mean() for values in (chosen, rejected, pc, pr)))
         metrics["rewards/accuracies"] = (chosen > rejected).to(chosen.dtype).mean()
         return metrics
 
@@ -192,4 +194,8 @@ class UnpairedLoss(PreferenceLoss):
 
     def _metrics(self, policy: Tensor, ref: Tensor, desirable: Tensor) -> dict[str, Tensor]:
         rewards, policy = self.rewards(policy.detach(), ref), policy.detach()
-        return reward_metrics(rewards[desirable], rewards[~desirable], policy[desirable], policy[~desirable])
+        sides = [(mask, mask.sum()) for mask in (desirable, ~desirable)]
+        # Not values[mask], for whose size the host would wait.
+        return reward_metrics(
+            *(torch.where(mask, values, 0.0).sum() / count for values in (rewards, policy) for mask, count in sides)
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robustloss._random import hashed_uniforms
 from robustloss.losses.base import LossOutput, PairedLoss
 from robustloss.losses.stateful import StatefulLoss
 from robustloss.naive.kl_tilt import normalized_weights
@@ -36,7 +37,7 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
         filtering: "sample", as above, drawn by place in the batch, or "nearest": those nearest to M_0 stay, without
             chance.
         seed: of the draws. They depend on it and on the number of training batches so far, which is part of the state:
-            a resumed run draws as if it had never stopped. (On a GPU, reading that number waits for the device.)
+            a resumed run draws as if it had never stopped, on any device.
         reduction: "mean"; "none" is refused, as the loss couples the batch.
 
     State: margin_mean (M_0), margin_std (sigma), float64 []; batches, int64 [].
@@ -70,10 +71,10 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
     ):
         super().__init__(beta, "logistic", 0.0, reduction)
         self._refuse_reduction_none("beta and the choice of pairs follow the whole batch")
-        self.alpha = check_number("alpha", alpha, at_least=0)
-        self.filter_ratio = check_number("filter_ratio", filter_ratio, at_least=0, below=1)
-        self.momentum = check_number("momentum", momentum, at_least=0, below=1)
-        self.filtering = check_choice("filtering", filtering, ("sample", "nearest"))
+        self.alpha: float = check_number("alpha", alpha, at_least=0)
+        self.filter_ratio: float = check_number("filter_ratio", filter_ratio, at_least=0, below=1)
+        self.momentum: float = check_number("momentum", momentum, at_least=0, below=1)
+        self.filtering: str = check_choice("filtering", filtering, ("sample", "nearest"))
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
             raise ValueError(f"seed must be an integer in [0, 2**31), got {seed!r}")
         self.seed = seed
@@ -106,7 +107,7 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
         )
         pc, pr, rc, rr = logps
         own = (pc - rc) - (pr - rr)  # with the gradient, in the log-probabilities' dtype
-        if not len(own):
+        if not own.shape[0]:
             return (own.sum(), self._metrics(*logps)) if return_metrics else own.sum()
         margins = own.detach().double()
         nominal = normalized_weights(margins, None if weights is None else weights.double())
@@ -135,8 +136,8 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
         # n / (n - 1) times the variance where all weigh the same; the spread of a single pair counts as 0.
         freedom = 1 - nominal.square().sum()
         variance = torch.where(freedom > 1e-12, (nominal * (margins - mean).square()).sum() / freedom, 0.0)
-        self.margin_mean.mul_(self.momentum).add_((1 - self.momentum) * mean)
-        self.margin_std.mul_(self.momentum).add_((1 - self.momentum) * variance.sqrt())
+        for buffer, now in ((self.margin_mean, mean), (self.margin_std, variance.sqrt())):
+            self._write(buffer, self.momentum * buffer + (1 - self.momentum) * now)
         self.batches += 1
 
     def _select(self, margins: Tensor, present: Tensor) -> Tensor:
@@ -145,11 +146,9 @@ class BetaDPOLoss(StatefulLoss, PairedLoss):
         keys = -0.5 * distance.square()
         if self.filtering == "sample" and self.filter_ratio:
             # The largest of log p_i + Gumbel noise are draws without replacement in proportion to p (Gumbel top-k).
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.batches))
-            noise = torch.empty(len(keys), dtype=keys.dtype).exponential_(generator=generator)
-            keys = keys - noise.log().to(keys.device)
+            keys = keys - (-hashed_uniforms(keys.shape[0], self.seed, self.batches).log()).log()
         order = keys.masked_fill(~present, -torch.inf).argsort(descending=True, stable=True)
         rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device)
+        rank[order] = torch.arange(order.shape[0], device=order.device)
         count = (present.sum().double() * (1 - self.filter_ratio) + 1e-9).floor().clamp(min=1)
         return (rank < count) & present

@@ -46,7 +46,7 @@ class ChiPOLoss(DPOLoss):
         reduction: str = "mean",
     ):
         super().__init__(beta, label_smoothing, "logistic", aggregate, reduction)
-        self.max_reward = None if max_reward is None else check_number("max_reward", max_reward, above=0)
+        self.max_reward: float | None = None if max_reward is None else check_number("max_reward", max_reward, above=0)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.max_reward is None else f", max_reward={self.max_reward:g}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from robustloss.losses.aggregates import Aggregate, FusedAggregate, Mean
@@ -59,7 +61,7 @@ class DPOLoss(PairedLoss):
                 f"got {type(aggregate).__name__} {aggregate!r}"
             )
         self.aggregate = aggregate
-        self.coupled = self.aggregate.coupled
+        self.coupled: bool = self.aggregate.coupled
         if self.coupled:
             self._refuse_reduction_none(
                 "its aggregate weighs every sample by all the others, so no sample has a loss of its own"
@@ -68,7 +70,7 @@ class DPOLoss(PairedLoss):
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if isinstance(self.aggregate, Mean) else f", aggregate={self.aggregate}")
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # A subclass may have a link, losses or rewards of its own, of which the op knows nothing.
         cls._is_changed = any(

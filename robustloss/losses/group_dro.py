@@ -75,8 +75,8 @@ class GroupDROLoss(StatefulLoss, DPOLoss):
         if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
             raise ValueError(f"groups must be an integer >= 1 (how many groups there are), got {groups!r}")
         self.groups = groups
-        self.step_size = check_number("step_size", step_size, at_least=0)
-        self.coupled = True
+        self.step_size: float = check_number("step_size", step_size, at_least=0)
+        self.coupled: bool = True
         self.register_buffer("log_weights", torch.full((groups,), 1 / groups, dtype=torch.float64).log())
         shares = None
         if group_sizes is not None:

@@ -47,8 +47,8 @@ class KTOLoss(UnpairedLoss):
         reduction: str = "mean",
     ):
         super().__init__(beta, "logistic", 0.0, reduction)
-        self.desirable_weight = check_number("desirable_weight", desirable_weight, at_least=0)
-        self.undesirable_weight = check_number("undesirable_weight", undesirable_weight, at_least=0)
+        self.desirable_weight: float = check_number("desirable_weight", desirable_weight, at_least=0)
+        self.undesirable_weight: float = check_number("undesirable_weight", undesirable_weight, at_least=0)
 
     def extra_repr(self) -> str:
         return (
@@ -82,7 +82,7 @@ class KTOLoss(UnpairedLoss):
         else:
             (mismatched,) = check_logps(kl_logratios=kl_logratios)
             check_same_device("kl_logratios", mismatched, "policy_logps", policy)
-            if not len(mismatched):
+            if not mismatched.shape[0]:
                 raise ValueError("kl_logratios must hold at least one log-ratio, got none; leave it out for z_0 = 0")
             baseline = mismatched.detach().mean().clamp(min=0).to(ratios.dtype)
         scores = self.beta * (ratios - baseline)

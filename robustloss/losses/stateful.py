@@ -18,6 +18,11 @@ class StatefulLoss(PreferenceLoss):
 
     coupled = True
 
+    @staticmethod
+    def _write(buffer: Tensor, value: Tensor) -> None:
+        # By a view: torch.compile takes a float64 scalar on the CPU for a number, and loses what is written to it.
+        buffer.view(-1).copy_(value.view(-1))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatefulLoss:
         # Casting the model around the loss to bfloat16 would leave a moving average too few digits to move.
         before = dict(self._buffers)

@@ -90,14 +90,14 @@ class WDPOLoss(StatefulLoss, DPOLoss):
     ):
         super().__init__(beta, label_smoothing, link, reduction=reduction)
         self._refuse_reduction_none("its penalty is reported and trained as one number")
-        self.rho = check_number("rho", rho, at_least=0)
+        self.rho: float = check_number("rho", rho, at_least=0)
         if not isinstance(squared, bool):
             raise TypeError(f"squared must be a bool, got {type(squared).__name__}")
         self.squared = squared
-        self.coupled = not squared
+        self.coupled: bool = not squared
         check_choice("penalty", penalty, ("central", "one_sided", "exact"))
         self.penalty = penalty
-        self.step = None if step is None else check_number("step", step, above=0)
+        self.step: float | None = None if step is None else check_number("step", step, above=0)
         if step is not None and penalty == "exact":
             raise ValueError("step is the length of a difference, which penalty='exact' has none of")
         if self.step is None and penalty != "exact":
@@ -131,8 +131,8 @@ class WDPOLoss(StatefulLoss, DPOLoss):
     def remember(self, stretch: Tensor, mean_square: Tensor) -> None:
         """Take a step's means into the running ones."""
         for running, now in ((self.stretch, stretch), (self.mean_square, mean_square)):
-            if bool(now.isfinite()):
-                running.copy_(torch.where(running > 0, 0.9 * running + 0.1 * now, now))
+            moved = torch.where(running > 0, 0.9 * running + 0.1 * now, now)
+            self._write(running, torch.where(now.isfinite(), moved, running))
 
     def extra_repr(self) -> str:
         step = "" if self.step is None else f", step={self.step:g}"

@@ -25,6 +25,8 @@ from robustloss.ops.token_logps import pair_gradient
 # Of the ops' schemas.
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? adapter_hidden, Tensor? adapter_weight"
 OPTIONS = "int ignore_index, float temperature, float? softcap, int? chunk_size"
+# The host waits for the number of counted tokens, which a CUDA graph cannot.
+TAGS = (torch.Tag.cudagraph_unsafe,)
 
 EVERY_TOKEN = -1  # an ignore_index for rows that are all counted
 NARROWEST_TILE = 256  # columns; narrower products are bound by reading the hidden states
@@ -416,33 +418,38 @@ def second_derivative(
     to_head = [None if value is None else torch.zeros_like(value) for value in exact]
 
     kept = (labels != options.ignore_index).nonzero().squeeze(-1)
-    for index in kept.split(max(64, options.workspace_logits(head.weight) // max(1, len(head.weight)))):
-        products = [(place, left.to(dtype), right.to(dtype)) for place, left, right in head.of_tokens(index).products]
-        logits = grad_logps.new_zeros(len(index), len(head.weight), dtype=dtype)
-        paired = torch.zeros_like(logits)
-        for place, left, right in products:
-            logits = logits + left @ right.t()
-            if (to_left := into[place]) is not None:
-                paired = paired + to_left[index] @ right.t()
-            if (to_right := into[place + 1]) is not None:
-                paired = paired + left @ to_right.t()
-        if (bias := exact[2]) is not None:
-            logits = logits + bias
-        if (to_bias := into[2]) is not None:
-            paired = paired + to_bias
-        upstream, label = grad_logps[index].to(dtype).unsqueeze(-1), labels[index].unsqueeze(-1)
-        to_grad, curved, gradient = pair_gradient(upstream, logits, label, paired, options.temperature, options.softcap)
-        to_grad_logps = to_grad_logps.index_copy(0, index, to_grad.to(grad_logps.dtype))
-        for place, left, right in products:
-            into_left, into_right = curved @ right, curved.t() @ left
-            if (to_right := into[place + 1]) is not None:
-                into_left = into_left + gradient @ to_right
-            if (to_left := into[place]) is not None:
-                into_right = into_right + gradient.t() @ to_left[index]
-            to_head[place] = _given(to_head[place]).index_copy(0, index, into_left)
-            to_head[place + 1] = _given(to_head[place + 1]) + into_right
-        if to_head[2] is not None:
-            to_head[2] = to_head[2] + curved.sum(0)
+    with torch.autocast(labels.device.type, enabled=False):  # which a backward may be called under
+        for index in kept.split(max(64, options.workspace_logits(head.weight) // max(1, len(head.weight)))):
+            products = [
+                (place, left.to(dtype), right.to(dtype)) for place, left, right in head.of_tokens(index).products
+            ]
+            logits = grad_logps.new_zeros(len(index), len(head.weight), dtype=dtype)
+            paired = torch.zeros_like(logits)
+            for place, left, right in products:
+                logits = logits + left @ right.t()
+                if (to_left := into[place]) is not None:
+                    paired = paired + to_left[index] @ right.t()
+                if (to_right := into[place + 1]) is not None:
+                    paired = paired + left @ to_right.t()
+            if (bias := exact[2]) is not None:
+                logits = logits + bias
+            if (to_bias := into[2]) is not None:
+                paired = paired + to_bias
+            upstream, label = grad_logps[index].to(dtype).unsqueeze(-1), labels[index].unsqueeze(-1)
+            to_grad, curved, gradient = pair_gradient(
+                upstream, logits, label, paired, options.temperature, options.softcap
+            )
+            to_grad_logps = to_grad_logps.index_copy(0, index, to_grad.to(grad_logps.dtype))
+            for place, left, right in products:
+                into_left, into_right = curved @ right, curved.t() @ left
+                if (to_right := into[place + 1]) is not None:
+                    into_left = into_left + gradient @ to_right
+                if (to_left := into[place]) is not None:
+                    into_right = into_right + gradient.t() @ to_left[index]
+                to_head[place] = _given(to_head[place]).index_copy(0, index, into_left)
+                to_head[place + 1] = _given(to_head[place + 1]) + into_right
+            if to_head[2] is not None:
+                to_head[2] = to_head[2] + curved.sum(0)
     return to_grad_logps, [
         None if value is None else _given(result).to(value.dtype) for value, result in zip(head, to_head, strict=True)
     ]

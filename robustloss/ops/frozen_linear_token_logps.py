@@ -13,6 +13,7 @@ from robustloss.ops._library import LIBRARY
 from robustloss.ops._linear_head import (
     HEAD,
     OPTIONS,
+    TAGS,
     Head,
     Options,
     empty_statistics,
@@ -24,7 +25,8 @@ from robustloss.ops._linear_head import (
 
 LIBRARY.define(
     f"frozen_linear_token_logps({HEAD}, Tensor labels, {OPTIONS}, int n_statistics)"
-    " -> (Tensor logps, Tensor lse, Tensor statistics, Tensor jacobian)"
+    " -> (Tensor logps, Tensor lse, Tensor statistics, Tensor jacobian)",
+    tags=TAGS,
 )
 LIBRARY.define(
     f"frozen_linear_token_logps_bwd(Tensor grad_logps, Tensor jacobian, {HEAD}, Tensor labels, {OPTIONS}) -> Tensor"

@@ -20,6 +20,7 @@ from robustloss.ops._library import LIBRARY
 from robustloss.ops._linear_head import (
     HEAD,
     OPTIONS,
+    TAGS,
     Head,
     Options,
     backward,
@@ -31,11 +32,13 @@ from robustloss.ops._linear_head import (
 
 LIBRARY.define(
     f"linear_token_logps({HEAD}, Tensor labels, {OPTIONS}, int n_statistics)"
-    " -> (Tensor logps, Tensor lse, Tensor statistics)"
+    " -> (Tensor logps, Tensor lse, Tensor statistics)",
+    tags=TAGS,
 )
 LIBRARY.define(
     f"linear_token_logps_bwd(Tensor grad_logps, {HEAD}, Tensor labels, Tensor lse, {OPTIONS}, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=TAGS,
 )
 
 

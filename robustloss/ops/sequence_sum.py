@@ -54,7 +54,8 @@ LIBRARY.impl("sequence_repeat", _repeat, "CPU")
 
 @torch.library.register_fake("robustloss::sequence_sum", lib=LIBRARY)
 def _(values, labels, cu_seqlens, ignore_index, average):
-    sums = values.new_empty(values.shape[:1] if cu_seqlens is None else len(cu_seqlens) - 1)
+    # Not len(), which would hold a compiled graph to this number of sequences.
+    sums = values.new_empty(values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     return sums, torch.empty_like(sums)
 
 

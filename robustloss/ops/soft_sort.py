@@ -24,12 +24,13 @@ from robustloss.naive.token_logps import statistics_dtype
 from robustloss.ops._library import LIBRARY, register_cpu_fallback, register_triton
 from robustloss.validation import check_finite
 
+# A Scalar may be a symbol, as a strength that follows the number of values is to torch.compile; a float may not.
 LIBRARY.define(
-    "soft_sort(Tensor values, bool descending, str regularization, float strength)"
+    "soft_sort(Tensor values, bool descending, str regularization, Scalar strength)"
     " -> (Tensor sorted, Tensor order, Tensor block_start)"
 )
 LIBRARY.define(
-    "soft_rank(Tensor values, bool descending, str regularization, float strength)"
+    "soft_rank(Tensor values, bool descending, str regularization, Scalar strength)"
     " -> (Tensor ranks, Tensor order, Tensor block_start)"
 )
 LIBRARY.define(
@@ -37,7 +38,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "soft_rank_bwd(Tensor grad_ranks, Tensor? values, Tensor order, Tensor block_start, bool descending,"
-    " float strength) -> Tensor"
+    " Scalar strength) -> Tensor"
 )
 LIBRARY.define("block_sum(Tensor values, Tensor block_start) -> Tensor")
 

@@ -1,0 +1,1 @@
+"""Throughput and memory beside what people use today: `python -m pytest bench`, installed as `robustloss.bench`."""
