@@ -91,7 +91,13 @@ def draw_dashes(app, doctree, docname):
             text.parent.replace(text, nodes.Text(text.replace(" -- ", " – ", 1)))
 
 
+def link_files(app, docname, source):
+    """A Markdown file outside of docs/ is no page of the site: what links there on GitHub gives the file itself."""
+    source[0] = re.sub(r"\]\(((?:\.\./)+(?:examples|robustloss)/[^)]*\.md)\)", r"](<path:\1>)", source[0])
+
+
 def setup(app):
+    app.connect("source-read", link_files)
     app.connect("autodoc-process-docstring", escape_names)
     app.connect("missing-reference", link_public_name)
     app.connect("doctree-resolved", draw_dashes)

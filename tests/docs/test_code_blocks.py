@@ -7,14 +7,19 @@ parser, because to run it would install, train or need GPUs. What no test runs i
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import doctest
 import functools
+import importlib
 import io
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -159,6 +164,29 @@ def script(name: str, is_module: bool, arguments: list[str], run: dict) -> None:
         python(["-m", name, *arguments], run)
     elif name.startswith("examples/"):
         assert (ROOT / name).is_file(), f"{name} does not exist"
+        if "\nimport tiny\n" in (ROOT / name).read_text(encoding="utf-8"):  # the others are another command's front
+            example(Path(name).stem, arguments)
+
+
+class ParsedError(Exception):
+    """What an example is stopped with, once it has its arguments."""
+
+
+def example(name: str, arguments: list[str]) -> None:
+    """Its own parser reads the arguments."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, given):
+        parse(parser, given)
+        raise ParsedError
+
+    with mock.patch.object(sys, "path", [str(ROOT / "examples"), *sys.path]):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as missing:
+            pytest.skip(f"examples/{name}.py needs {missing.name}")
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_and_stop), pytest.raises(ParsedError):
+        module.main(arguments)
 
 
 def python(arguments: list[str], run: dict) -> None:
@@ -178,9 +206,20 @@ def python(arguments: list[str], run: dict) -> None:
 
 
 def pytest_command(arguments: list[str], run: dict) -> None:
-    assert (ROOT / arguments[0]).exists(), f"{arguments[0]} does not exist"
-    if "--op" in arguments:
-        check_suite(arguments[arguments.index("--op") + 1])
+    """Of pytest's own options those that a page has needed; and those that bench/ adds."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("paths", nargs="+")
+    parser.add_argument("-q", action="store_true")
+    if "bench" in arguments:
+        from bench.conftest import pytest_addoption
+
+        group = SimpleNamespace(addoption=parser.add_argument)
+        pytest_addoption(SimpleNamespace(getgroup=lambda name: group))
+    parsed = parser.parse_args(arguments)
+    for path in parsed.paths:
+        assert (ROOT / path).exists(), f"{path} does not exist"
+    if getattr(parsed, "op", None):
+        check_suite(parsed.op)
 
 
 def check_suite(op: str) -> None:
@@ -281,3 +320,22 @@ def test_every_code_block_names_its_language(page):
         info = region.lexemes["info"].strip()
         line = document.text.count("\n", 0, region.start) + 1
         assert info in LANGUAGES or info.startswith("{"), f"{name_of(page)}, line {line}: a block in {info!r}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "robustloss train --no-such-option",
+        "robustloss bench --op no_such_suite",
+        "python -m pytest bench --no-such-option",
+        "python -m pytest bench --op no_such_suite",
+        "python -m pytest no_such_folder",
+        "python examples/plain_pytorch.py --no-such-option",
+        "torchrun --nproc_per_node 2 examples/plain_pytorch.py --steps many",
+        "make no-such-target",
+        "no-such-program",
+    ],
+)
+def test_a_command_that_is_wrong_is_found(command):
+    with pytest.raises((SystemExit, AssertionError)), contextlib.redirect_stderr(io.StringIO()):
+        check_command(shlex.split(command), BASE)
