@@ -102,12 +102,17 @@ def check_number(
     if not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be larger than any float
         raise ValueError(f"{name} must be finite, got {value if isinstance(value, float) else 'a larger integer'}")
     if above is not None and not value > above:
-        raise ValueError(f"{name} must be > {above:g}, got {float(value)}")
+        raise ValueError(f"{name} must be > {above:g}, got {_plain(value)}")
     if at_least is not None and not value >= at_least:
-        raise ValueError(f"{name} must be >= {at_least:g}, got {float(value)}")
+        raise ValueError(f"{name} must be >= {at_least:g}, got {_plain(value)}")
     if below is not None and not value < below:
-        raise ValueError(f"{name} must be < {below:g}, got {float(value)}")
+        raise ValueError(f"{name} must be < {below:g}, got {_plain(value)}")
     return float(value) if isinstance(value, (int, float)) else cast(float, torch.sym_float(value))
+
+
+def _plain(value: float | torch.SymInt | torch.SymFloat) -> float:
+    """A number as it was given, and a symbol's own, which torch.compile would not write."""
+    return int(value) if isinstance(value, (int, torch.SymInt)) else float(value)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:

@@ -19,10 +19,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from robustloss.losses import LOSSES
+from robustloss.losses.catalogue import PYTHON_ONLY
 from robustloss.train import config
-
-# A run trains one number, so these options of the losses cannot be given in a config.
-FIXED = ("reduction", "aggregate")
 
 
 def meanings(schema: type) -> dict[str, str]:
@@ -105,7 +103,7 @@ class LossOptions(SphinxDirective):
             options = [
                 f"`{key}: {in_yaml(parameter.default)[1:-1]}`"
                 for key, parameter in inspect.signature(module).parameters.items()
-                if key not in FIXED
+                if key not in PYTHON_ONLY
             ]
             lines.append(f"| `{name}` | {{py:class}}`~robustloss.{module.__name__}` | {', '.join(options)} |")
         return self.parse_text_to_nodes("\n".join(lines))

@@ -9,14 +9,21 @@ from collections.abc import Sequence
 
 from robustloss._version import __version__
 from robustloss.cli import bench, completion, doctor, losses, report, train
+from robustloss.cli._errors import Parser
 
 DESCRIPTION = """\
 Fine-tune causal language models with distributional preference losses.
 
-  robustloss train                        train: with no arguments a demonstration of half a minute, on any machine
+  robustloss train                        train: with no arguments a demonstration of about a minute, on any machine
   robustloss losses kldpo                 what there is to train with: formula, options, a line for the config
   robustloss report runs/a runs/b         runs side by side, in one HTML file
   robustloss doctor                       what is installed, and which code serves each operation here
+"""
+EPILOG = """\
+robustloss COMMAND --help tells more. An error is one line on standard error, and the exit code tells its kind:
+0 done; 1 the machine could not do it (a full disk), or doctor found something broken; 2 a mistake in what was given,
+or training that diverged; 3 another process of the training was lost; 75 bench ran out of --seconds; 130 interrupted
+from the keyboard. Others of bench are pytest's.
 """
 COMMANDS = (train, losses, report, bench, doctor, completion)
 
@@ -37,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="robustloss",
         description=DESCRIPTION,
-        epilog="robustloss COMMAND --help tells more. Exit codes: 0 done; 2 a mistake in what was given; 1 others.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"robustloss {__version__}")

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from typing import Any, NoReturn
+
+from robustloss._install import package_of, pip_install
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells an error in one line, and which command's help to look at; so do the parsers of the commands."""
+
+    def parse_known_args(self, *given: Any, **options: Any) -> Any:
+        namespace, unknown = super().parse_known_args(*given, **options)
+        if unknown:  # a command would hand them to the parser above it, which knows no more of them
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(fail(f"{message} (see {self.prog} --help)"))
 
 
 def fail(message: str, code: int = 2) -> int:
@@ -15,7 +32,8 @@ def fail(message: str, code: int = 2) -> int:
 
 
 def fail_missing(purpose: str, error: ModuleNotFoundError, extra: str) -> int:
-    """Tell which package is missing, and the extra of robustloss that brings it; a module of our own is a bug."""
-    if (error.name or "").startswith("robustloss"):
+    """Tell which package is missing, and how to get it and all of the extra; a module of our own is a bug."""
+    if error.name is None or error.name.startswith("robustloss"):
         raise error
-    return fail(f'{purpose} needs {error.name}, which is not installed: pip install "robustloss[{extra}]"')
+    package = package_of(error.name)
+    return fail(f"{purpose} needs {package}, which is not installed: {pip_install(package, extra=extra)}")

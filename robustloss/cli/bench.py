@@ -9,14 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from robustloss._install import package_of, pip_install
 from robustloss.cli._errors import fail
-from robustloss.cli.completion import DIRECTORY
+from robustloss.cli.completion import DIRECTORY, SUITES
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DESCRIPTION = """\
 Measure time and memory of the operations against the alternatives that are installed, and print the ratios.
 
-  robustloss bench                                     everything; hours on a CPU, less on a GPU
+  robustloss bench                                     everything: about 10 minutes on two cores
   robustloss bench --op soft_sort                      one suite
   robustloss bench --op soft_sort --tiny               tiny shapes: tries the suite, measures nothing of use
   robustloss bench --results results                   keep the results in results/, and go on from those there
@@ -33,7 +34,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--op", help="measure one suite only, such as soft_sort")
+    op = parser.add_argument("--op", help="measure one suite only, such as soft_sort")
+    op.complete = SUITES
     results = parser.add_argument("--results", type=Path, metavar="DIR", help="append to DIR/<device>.jsonl")
     results.complete = DIRECTORY
     parser.add_argument("--again", action="store_true", help="measure also what --results holds already")
@@ -45,12 +47,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
     if missing:
-        return fail(f'measuring needs {missing[0]}, which is not installed: pip install "robustloss[bench]"')
+        packages = [package_of(name) for name in missing]
+        told = f"{' and '.join(packages)}, which {'is' if len(packages) == 1 else 'are'} not installed"
+        return fail(f"measuring needs {told}: {pip_install(*packages, extra='bench')}")
     suites = find_suites()
     if suites is None:
         return fail("this installation holds no benchmarks: reinstall robustloss, or run it from a source tree")
     if arguments.op not in (None, *suite_names(suites)):
         return fail(f"--op {arguments.op!r} is unknown; there are {', '.join(suite_names(suites))}")
+    if arguments.results is not None:
+        try:
+            arguments.results.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return fail(f"--results {str(arguments.results)!r} cannot be made a folder: {error.strerror}")
     # The suites and no other configuration; their processes for memory import them by name, wherever the user is.
     command = [sys.executable, "-m", "pytest", str(suites), "-q", "-p", "no:cacheprovider"]
     command += ["--import-mode=importlib", f"--rootdir={suites}", "-c", os.devnull]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import io
+import operator
 import os
 import platform
 import shutil
@@ -18,12 +20,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from robustloss._install import REBUILD, pip_install
+
 if TYPE_CHECKING:
     import torch
     from packaging.requirements import Requirement
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps robustloss"
 DESCRIPTION = f"""\
 What is installed and in which versions, what serves each operation on this machine (C++, Triton or plain PyTorch) and
 why, and, for all that is amiss, a line that mends it. Every operation is tried out against its plain definition.
@@ -124,7 +127,7 @@ def _extension() -> Finding:
     if importlib.util.find_spec("robustloss._C") is not None:
         return Finding(BROKEN, subject, f"{' '.join(EXTENSION_MISSING.split())}; {consequence}", REBUILD)
     compiler = os.environ.get("CXX", "g++").split()[-1]
-    first = "" if shutil.which(compiler) else f"install a C++ compiler ({compiler} is not there), then: "
+    first = "" if shutil.which(compiler) else f"install a C++ compiler ({compiler} is not there), then "
     return Finding(NOTE, subject, f"not built; {consequence}", first + REBUILD)
 
 
@@ -154,7 +157,7 @@ def _absent_gpu() -> Finding:
     if not there:
         return Finding(OK, "GPU", "none on this machine, so CPU tensors are all there is")
     if not (torch.version.cuda or torch.version.hip):
-        fix = f"install torch for the GPU (https://pytorch.org/get-started), then: {REBUILD}"
+        fix = f"install torch for the GPU (https://pytorch.org/get-started), then {REBUILD}"
         return Finding(BROKEN, "GPU", f"there is an {there[0]} driver, but torch is built for CPUs only", fix)
     fix = "nvidia-smi tells more" if torch.version.cuda else "rocminfo tells more"
     return Finding(BROKEN, "GPU", f"there is an {there[0]} driver, but torch finds no GPU", fix)
@@ -162,7 +165,7 @@ def _absent_gpu() -> Finding:
 
 def _triton() -> Finding:
     if importlib.util.find_spec("triton") is None:
-        return Finding(BROKEN, "Triton", "not installed, and GPU tensors need it", f'pip install "{_pinned_triton()}"')
+        return Finding(BROKEN, "Triton", "not installed, and GPU tensors need it", pip_install(_pinned_triton()))
     if os.environ.get("TRITON_INTERPRET") == "1":
         words = "TRITON_INTERPRET=1 runs every kernel in Python, thousands of times slower"
         return Finding(BROKEN, "Triton", words, "unset TRITON_INTERPRET")
@@ -192,7 +195,7 @@ def _operations() -> Iterator[Finding]:
         words = ", ".join(f"{keys[device]}: {_path(op, served[device], keys[device])}" for device in keys)
         problems = {device: problem for device in keys if (problem := _problem(trial, device))}
         if problems:
-            fix = f'pip install --force-reinstall "{_pinned_triton()}"' if "cpu" not in problems else REBUILD
+            fix = REBUILD if "cpu" in problems else pip_install("--force-reinstall", _pinned_triton())
             told = ", ".join(f"on {device} it {problem}" for device, problem in problems.items())
             yield Finding(BROKEN, op, f"{words}; {told}", fix)
         else:
@@ -225,11 +228,12 @@ def _problem(trial: Callable[[str], tuple[torch.Tensor, torch.Tensor]], device: 
 
 def _attention() -> Iterator[Finding]:
     """Which implementations a model can be loaded with here; exact WDPO asks for a second derivative."""
+    import torch
     from torch import nn
 
     from robustloss.penalty import check_double_backward
 
-    availability = {"eager": "plain PyTorch, everywhere", "sdpa": "torch's own, everywhere"}
+    available = {"eager": (OK, "plain PyTorch, everywhere"), "sdpa": (OK, "torch's own, everywhere")}
     with _silence():
         try:
             from transformers.utils.import_utils import is_flash_attn_2_available, is_torch_flex_attn_available
@@ -238,18 +242,19 @@ def _attention() -> Iterator[Finding]:
         except ImportError:
             flash = flex = None
     if flash is not None:
-        missing = "flash-attn is not installed" if _version("flash-attn") is None else "needs a GPU"
-        availability["flash_attention_2"] = "available" if flash else missing
-        availability["flex_attention"] = "available" if flex else "not in this torch"
-    for name, words in availability.items():
+        missing = "flash-attn is not installed" if _version("flash-attn") is None else "does not run here"
+        missing += "" if torch.cuda.is_available() else ", and needs a GPU"
+        available["flash_attention_2"] = (OK, "available") if flash else (NOTE, missing)
+        available["flex_attention"] = (OK, "available") if flex else (NOTE, "not in this torch")
+    for name, (level, words) in available.items():
         model: Any = nn.Module()
         model.config = SimpleNamespace(_attn_implementation=name)
         try:
             check_double_backward(model)
-            exact = "has a second derivative, so exact wdpo takes it"
-        except ValueError:
-            exact = "no second derivative: not for exact wdpo"
-        yield Finding(OK, name, f"{words}; {exact}")
+            yield Finding(level, name, f"{words}; has a second derivative, so exact WDPO takes it")
+        except ValueError as error:
+            reason = str(error).partition(": ")[0]  # and the remedy, which is one for exact WDPO alone
+            yield Finding(level, name, f"{words}; {reason}{', unlike its math kernel' if name == 'sdpa' else ''}")
 
 
 # ---- packages -------------------------------------------------------------------------------------------------------
@@ -260,43 +265,47 @@ def _packages() -> Iterator[Finding]:
     requirements = _requirements("robustloss")
     if not requirements:
         words = "not installed (run from a source tree?), so the versions it needs are unknown"
-        yield Finding(NOTE, "robustloss", words, "pip install --no-build-isolation -e .")
+        yield Finding(NOTE, "robustloss", words, "in the checkout: pip install --no-build-isolation -e .")
         return
     try:
         from packaging.requirements import Requirement
     except ModuleNotFoundError:
-        yield Finding(NOTE, "packaging", "not installed, so versions are not compared", "pip install packaging")
+        yield Finding(NOTE, "packaging", "not installed, so versions are not compared", pip_install("packaging"))
         return
     extras = importlib.metadata.metadata("robustloss").get_all("Provides-Extra") or []
-    wanted: dict[str, tuple[Requirement, list[str]]] = {}  # by name and range, the extras that ask for it
+    wanted: dict[str, dict[str, tuple[Requirement, list[str]]]] = {}  # by name, then by range, the extras that ask
     for requirement in map(Requirement, requirements):
         marker = requirement.marker
         of_extra = marker is not None and "extra" in str(marker)
         for extra in (extra for extra in extras if extra not in NOT_SHOWN) if of_extra else [""]:
             if marker is None or marker.evaluate({"extra": extra}):
-                _, of = wanted.setdefault(f"{requirement.name}{requirement.specifier}", (requirement, []))
+                ranges = wanted.setdefault(requirement.name, {})
+                _, of = ranges.setdefault(str(requirement.specifier), (requirement, []))
                 of += [extra] if extra else []
-    imports: dict[str, str] = {}
-    for requirement, of in wanted.values():
-        name = requirement.name
-        if name in IMPORTED and _version(name) and name not in imports:
-            imports[name] = _import_problem(name)
-        yield _package(requirement, of, imports.get(name, ""))
+    for name, ranges in wanted.items():
+        yield _package(name, [*ranges.values()], _import_problem(name) if name in IMPORTED and _version(name) else "")
 
 
-def _package(requirement: Requirement, extras: list[str], import_problem: str) -> Finding:
-    name, found = requirement.name, _version(requirement.name)
-    spelled = f"{name}{requirement.specifier}"
-    asking = f"robustloss[{','.join(extras)}]" if extras else "robustloss"
+def _package(name: str, ranges: list[tuple[Requirement, list[str]]], import_problem: str) -> Finding:
+    """One package, with what robustloss and its extras ask of it."""
+    asking = {
+        f"{name}{requirement.specifier}": f"robustloss[{','.join(extras)}]" if extras else "robustloss"
+        for requirement, extras in ranges
+    }
+    found, extras = _version(name), ranges[0][1]
+    specifiers = [requirement.specifier for requirement, _ in ranges]
+    everything = pip_install(f"{name}{functools.reduce(operator.and_, specifiers)}", extra=extras[0] if extras else "")
     if found is None:
-        first = f"robustloss[{extras[0]}]" if extras else spelled
-        return Finding(NOTE if extras else BROKEN, name, f"not installed; {asking} needs it", f'pip install "{first}"')
-    if not requirement.specifier.contains(found, prereleases=True):
-        return Finding(BROKEN, name, f"{found}, but {asking} needs {spelled}", f'pip install "{spelled}"')
+        asked = " and ".join(asking.values())
+        verb = "needs" if len(asking) == 1 else "need"
+        return Finding(NOTE if extras else BROKEN, name, f"not installed; {asked} {verb} it", everything)
+    for specifier, (spelled, by) in zip(specifiers, asking.items(), strict=True):
+        if not specifier.contains(found, prereleases=True):
+            return Finding(BROKEN, name, f"{found}, but {by} needs {spelled}", everything)
     if import_problem:
-        fix = f'pip install --upgrade "{name}"'
-        return Finding(BROKEN, name, f"{found} is in the range, but its import fails: {import_problem}", fix)
-    return Finding(OK, name, f"{found} ({spelled}, of {asking})")
+        words = f"{found} is in the range, but its import fails: {import_problem}"
+        return Finding(BROKEN, name, words, pip_install("--upgrade", name))
+    return Finding(OK, name, f"{found} ({'; '.join(f'{spelled}, of {by}' for spelled, by in asking.items())})")
 
 
 def _import_problem(name: str) -> str:

@@ -7,6 +7,7 @@ import difflib
 from textwrap import fill
 
 from robustloss.cli._errors import fail
+from robustloss.cli.completion import LOSS_NAMES
 
 WIDTH = 110  # of wrapped text
 DESCRIPTION = """\
@@ -24,7 +25,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="as in the list and in configs: kldpo; or KLDPOLoss")
+    name = parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="as in the list and in configs: kldpo; or KLDPOLoss"
+    )
+    name.complete = LOSS_NAMES
     parser.set_defaults(run=run)
 
 
@@ -61,17 +65,14 @@ def _describe(name: str) -> str:
     from robustloss.losses import LOSSES, catalogue
 
     loss, section = LOSSES[name], catalogue.example(name)
-    parts = catalogue.formula(section).split("; ")
     lines = [f"{name} ({loss.__name__}): {catalogue.summary(loss)}", ""]
-    lines += [fill(part, WIDTH, initial_indent="  ", subsequent_indent="    ") for part in parts]
+    lines += [fill(part, WIDTH, initial_indent="  ", subsequent_indent="    ") for part in catalogue.formula(section)]
     lines += ["", "options:"]
     for option in catalogue.options(loss):
         where = "" if option.in_config else "; in Python only"
         lines.append(f"  {option.name} (default {option.default!r}{where})")
         lines.append(fill(option.words, WIDTH, initial_indent="      ", subsequent_indent="      "))
     lines += ["", "in a config file:", f"  {catalogue.as_yaml(section)}"]
-    lines += ["", "in Python:", f"  from robustloss import {loss.__name__}"]
-    lines.append(f"  loss = {catalogue.as_python(section)}")
-    lines.append(f"  loss({', '.join(catalogue.call_arguments(loss))})")
+    lines += ["", "in Python:", *(f"  {line}" for line in catalogue.python_example(name))]
     lines += ["", "papers: " + ", ".join(f"https://arxiv.org/abs/{number}" for number in catalogue.papers(loss))]
     return "\n".join(lines)

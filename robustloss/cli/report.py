@@ -33,6 +33,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    output = arguments.output
+    if output is not None and output.is_dir():
+        return fail(f"--output {str(output)!r} is a folder: name the HTML file in it")
+    if output is not None and not output.parent.is_dir():
+        return fail(f"--output {str(output)!r} is in no folder that exists: make {str(output.parent)!r} first")
     try:
         from robustloss.train.comparison import write_comparison
         from robustloss.train.report import write_report
@@ -41,12 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         if len(arguments.runs) == 1:
-            page = write_report(arguments.runs[0], arguments.output)
+            page = write_report(arguments.runs[0], output)
         else:
-            page = write_comparison(arguments.runs, arguments.output or Path("comparison.html"))
+            page = write_comparison(arguments.runs, output or Path("comparison.html"))
     except ValueError as error:  # names the folder and the file
         return fail(str(error))
     except OSError as error:
-        return fail(str(error), code=1)
+        # Its file may be the temporary one that would have become the page.
+        return fail(f"the report could not be made: {error.strerror or error}", code=1)
     print(f"report: {page}")
     return 0

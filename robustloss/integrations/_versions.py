@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-EXTRAS = {"trl": "trl", "transformers": "train"}  # by package, the extra of robustloss that installs it
+from robustloss._install import pip_install
 
 
 def require(package: str, what: str, *, at_least: str, below: str | None = None) -> str:
@@ -23,13 +23,12 @@ def require(package: str, what: str, *, at_least: str, below: str | None = None)
         found = version(package)
     except PackageNotFoundError:
         raise ImportError(
-            f"{what} needs {wanted}, and {package} is not installed: pip install 'robustloss[{EXTRAS[package]}]'",
-            name=package,
+            f"{what} needs {wanted}, and {package} is not installed: {pip_install(wanted)}", name=package
         ) from None
     from packaging.version import Version  # which every framework here depends on
 
     if Version(found) < Version(at_least) or (below is not None and Version(found) >= Version(below)):
-        raise ImportError(f"{what} needs {wanted}, and {package} {found} is installed: pip install '{wanted}'")
+        raise ImportError(f"{what} needs {wanted}, and {package} {found} is installed: {pip_install(wanted)}")
     return found
 
 

@@ -13,7 +13,7 @@ from robustloss.ops.preference_loss import preference_loss
 
 
 class DPOLoss(PairedLoss):
-    r"""A link of the paired margins, aggregated over the batch.
+    r"""Direct preference optimisation: a loss of each pair's margin, averaged over the batch.
 
     .. math:: h_i = \left(\log\frac{\pi}{\pi_{ref}}(y^+_i|x_i)\right) -
               \left(\log\frac{\pi}{\pi_{ref}}(y^-_i|x_i)\right), \qquad

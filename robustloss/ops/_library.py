@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from robustloss._install import REBUILD
+
 LIBRARY = torch.library.Library("robustloss", "DEF")
 
 
@@ -135,8 +137,7 @@ def _warn_extension_missing() -> None:
         _warned = True
         warnings.warn(
             f"{EXTENSION_MISSING}, so CPU tensors take the slower plain-PyTorch path; with torch and a C++ compiler "
-            "there, and without ROBUSTLOSS_BUILD_EXT=0, reinstall: "
-            "pip install --no-build-isolation --force-reinstall --no-deps robustloss",
+            f"there, and without ROBUSTLOSS_BUILD_EXT=0, reinstall it {REBUILD}",
             RuntimeWarning,
             stacklevel=3,
         )

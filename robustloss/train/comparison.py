@@ -10,24 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from robustloss.losses import LOSSES
-from robustloss.losses.catalogue import formula_with_values, options
+from robustloss.losses.catalogue import formula_with_values, with_defaults
 from robustloss.train.config import flatten
 from robustloss.train.figures import COMPARISONS, SPLIT_LABELS, Compared, colors, render
-from robustloss.train.report import percent, plain, render_page, totals
+from robustloss.train.report import TOTALS, percent, plain, render_page, totals
 from robustloss.train.run_folder import Run, read_run
 
 OWN_FOLDER = "output_dir/"
 ABSENT = "\N{EN DASH}"
 QUANTITIES = (("loss", "loss", plain), ("reward margin", "rewards/margins", plain),
               ("accuracy", "rewards/accuracies", percent))  # fmt: skip
-# As `report.totals` calls them, and as the heads of narrow columns do.
-TOTALS = {
-    "Optimiser steps": "steps",
-    "Wall time": "time",
-    "Tokens per second (median)": "tokens / s",
-    "Peak memory": "peak memory",
-}
 
 
 class Cell(NamedTuple):
@@ -57,14 +49,14 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
                 "name": compared.name,
                 "color": compared.color,
                 "loss": compared.run.config["loss"]["name"],
-                "formula": formula_with_values(compared.run.config["loss"]),
+                "formula_lines": formula_with_values(compared.run.config["loss"]),
                 "cells": cells,
             }
             for compared, cells in zip(runs, _cells(runs), strict=True)
         ],
         splits=SPLIT_LABELS,
         quantities=[name for name, _, _ in QUANTITIES],
-        totals=TOTALS.values(),
+        totals=[total.head for total in TOTALS.values()],
         words=_words(runs),
         notes=_notes(runs),
         figures=[
@@ -94,7 +86,9 @@ def distinct_names(run_dirs: Sequence[Path]) -> list[str]:
 
 def _cells(runs: Sequence[Compared]) -> list[list[Cell]]:
     """One row a run: the last held-out values, the training values over the last tenth, and the totals."""
-    same_loss = len({json.dumps(_loss(run), sort_keys=True, default=str) for _, _, run in runs}) == 1
+    same_loss = (
+        len({json.dumps(with_defaults(run.config["loss"]), sort_keys=True, default=str) for _, _, run in runs}) == 1
+    )
     columns = []
     for split in ("eval", "train"):
         for _, metric, show in QUANTITIES:
@@ -105,8 +99,8 @@ def _cells(runs: Sequence[Compared]) -> list[list[Cell]]:
             known = [value for value in values if value is not None]
             top = best(known) if comparable and len(set(known)) > 1 else None
             columns.append([Cell() if value is None else Cell(show(value), value == top) for value in values])
-    for total in TOTALS:
-        columns.append([Cell(dict(totals(run)).get(total, ABSENT)) for _, _, run in runs])
+    for metric in TOTALS:
+        columns.append([Cell(totals(run).get(metric, ABSENT)) for _, _, run in runs])
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -139,7 +133,7 @@ def _notes(runs: Sequence[Compared]) -> list[str]:
         for name, _, run in runs
         if not run.is_finished
     ]
-    losses = [_loss(run) for _, _, run in runs]
+    losses = [with_defaults(run.config["loss"]) for _, _, run in runs]
     if len({loss["name"] for loss in losses}) > 1:
         notes.append("The runs optimise different losses: their values do not compare, accuracies do.")
     if len({json.dumps(loss.get("beta"), default=str) for loss in losses}) > 1:
@@ -172,18 +166,12 @@ def _held_out_differs(runs: Sequence[Compared]) -> bool:
 
 def _settings(run: Run) -> dict[str, Any]:
     """The config by dotted keys, with the loss's defaults and what lies in the run's own folder named as such."""
-    settings = flatten({**run.config, "loss": _loss(run)})
+    settings = flatten({**run.config, "loss": with_defaults(run.config["loss"])})
     folder = f"{settings.pop('output_dir', None)}/"
     return {
         key: OWN_FOLDER + value.removeprefix(folder) if isinstance(value, str) and value.startswith(folder) else value
         for key, value in settings.items()
     }
-
-
-def _loss(run: Run) -> dict[str, Any]:
-    given = run.config["loss"]
-    known = options(LOSSES[given["name"]]) if given["name"] in LOSSES else []
-    return {**{option.name: option.default for option in known if option.in_config}, **given}
 
 
 def _rows(settings: Sequence[dict[str, Any]]) -> dict[str, list[str]]:

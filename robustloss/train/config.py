@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from robustloss._files import replace_file
 from robustloss.losses import LOSSES, PreferenceLoss
+from robustloss.losses.catalogue import option_names
 from robustloss.losses.catalogue import options as loss_options
 from robustloss.train.data import TRUNCATIONS
 from robustloss.train.texts import COMPLETIONS, shorten
@@ -154,6 +155,26 @@ SECTIONS: dict[str, type] = {
     "batch": BatchConfig,
     "penalty": PenaltyConfig,
 }
+# What other programs call it, and how it is called here.
+ALIASES = {
+    "lr": ("optimizer.learning_rate",),
+    "batch_size": ("batch.effective_batch", "batch.microbatch"),
+    "train_batch_size": ("batch.effective_batch", "batch.microbatch"),
+    "per_device_train_batch_size": ("batch.microbatch",),
+    "gradient_accumulation_steps": ("batch.effective_batch", "batch.microbatch"),
+    "num_epochs": ("epochs",),
+    "num_train_epochs": ("epochs",),
+    "max_grad_norm": ("optimizer.gradient_clipping",),
+    "lr_scheduler_type": ("optimizer.schedule",),
+    "warmup_steps": ("optimizer.warmup_ratio",),
+    "lora_r": ("lora.r",),
+    "lora_alpha": ("lora.alpha",),
+    "lora_dropout": ("lora.dropout",),
+    "bf16": ("precision",),
+    "loss_type": ("loss.name",),
+    "dataset": ("data.train",),
+    "dataset_name": ("data.train",),
+}
 # What may change between the runs that share an output folder: none of it touches the parameters.
 FREE_KEYS = (
     "output_dir",
@@ -215,11 +236,11 @@ def build_loss(options: dict[str, Any]) -> PreferenceLoss:
     if name is None:
         raise InputError(f"config key 'loss.name' is missing: give one of {', '.join(LOSSES)}")
     if not isinstance(name, str) or name not in LOSSES:
-        raise InputError(f"loss.name {name!r} is unknown{_nearest(str(name), LOSSES)}")
+        raise InputError(f"loss.name {name!r} is unknown{_suggest(_near(str(name), LOSSES), LOSSES)}")
     accepted = [option.name for option in loss_options(LOSSES[name]) if option.in_config]
     for key in options:
         if key not in accepted:
-            raise InputError(f"loss {name!r} has no option {key!r}{_nearest(str(key), accepted)}")
+            raise InputError(f"loss {name!r} has no option {key!r}{_suggest(_near(str(key), accepted), accepted)}")
     try:
         return LOSSES[name](**options)
     except (ValueError, TypeError) as error:
@@ -360,6 +381,8 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise InputError(f"config file {str(path)!r} is a folder")
     if not path.is_file():
         raise InputError(f"config file {str(path)!r} does not exist")
     try:
@@ -422,7 +445,8 @@ def _check_keys(layer: dict[str, Any], schema: type, prefix: str) -> None:
     for key, value in layer.items():
         name = f"{prefix}{key}"
         if key not in known:
-            raise InputError(f"unknown config key {name!r}{_nearest(str(key), known, prefix)}")
+            near = _near_keys(str(key), known, prefix)
+            raise InputError(f"unknown config key {name!r}{_suggest(near, [prefix + key for key in known])}")
         if not prefix and key in SECTIONS and isinstance(value, dict):
             _check_keys(value, SECTIONS[key], f"{key}.")
         elif not prefix and (key in SECTIONS or key == "loss") and not isinstance(value, dict):
@@ -431,8 +455,26 @@ def _check_keys(layer: dict[str, Any], schema: type, prefix: str) -> None:
             raise InputError(f"config key {name!r} must be a section of keys and values, got {value!r}")
 
 
-def _nearest(word: str, known: Any, prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {prefix + close[0]!r}?"
-    return f"; valid: {', '.join(prefix + key for key in known)}"
+def _near_keys(word: str, known: Iterable[str], prefix: str) -> list[str]:
+    """The keys that whoever wrote `word` in the section `prefix` may have meant, there or elsewhere."""
+    if word in ALIASES:
+        return [*ALIASES[word]]
+    if here := _near(word, known):
+        return [prefix + key for key in here]
+    elsewhere: dict[str, list[str]] = {}
+    for key in [*config_keys(), *(f"loss.{name}" for name in sorted({"name", *option_names()}))]:
+        elsewhere.setdefault(key.rpartition(".")[2], []).append(key)
+    return [key for name in _near(word, elsewhere) for key in elsewhere[name]]
+
+
+def _near(word: str, known: Iterable[str]) -> list[str]:
+    """What is `word`, or nearest to it, or begins with it."""
+    known = list(known)
+    if word in known:
+        return [word]
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return close or [name for name in known if len(word) > 2 and name.startswith(word)]
+
+
+def _suggest(near: Sequence[str], valid: Iterable[str]) -> str:
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; valid: {', '.join(valid)}"

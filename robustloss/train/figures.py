@@ -212,15 +212,16 @@ FIGURES = [
         "Quantiles of the rewards",
         lambda run: all(run.held_out(f"{side}_rewards") for side in run.sides),
         draw_reward_quantiles,
-        "A good run lifts the whole green curve above the whole red one on held-out data, not only its middle.",
+        "A good run lifts the whole curve of the chosen (or desirable) completions above the whole curve of the "
+        "others on held-out data, not only its middle.",
     ),
     Entry(
         "margin_quantiles",
         "Quantiles of the margins",
         lambda run: run.held_out("policy_margins") and run.held_out("ref_margins"),
         draw_margin_quantiles,
-        "A good run puts the policy above the reference at every level (first-order dominance); red fills the gap "
-        "where it does not.",
+        "A good run puts the policy above the reference at every level (first-order dominance); where it does "
+        "not, the gap is filled and called a violation.",
     ),
     Entry(
         "tilt_weights",

@@ -18,7 +18,7 @@ import yaml
 
 from robustloss._version import __version__
 from robustloss.losses import LOSSES
-from robustloss.losses.catalogue import formula_with_values, papers, summary
+from robustloss.losses.catalogue import formula_with_values, sources, summary, with_defaults
 from robustloss.train.config import RunConfig
 
 # What says where and how often a run wrote, and not how the model was trained.
@@ -42,7 +42,7 @@ def model_card(config: RunConfig, environment: Mapping[str, Any], step: int, hel
     found = {name: float(held_out[name]) for name in RESULTS if math.isfinite(held_out.get(name, math.nan))}
     loss = LOSSES[config.loss["name"]]
     base, data = _shown(config.model.name_or_path), _shown(config.data.train)
-    sources = ", ".join(f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in papers(loss))
+    cited = ", ".join(f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in sources(config.loss))
     paragraphs = [
         f"---\n{yaml.safe_dump(_metadata(config, found), sort_keys=False)}---",
         f"# {code(base)} trained with {config.loss['name']}",
@@ -50,8 +50,8 @@ def model_card(config: RunConfig, environment: Mapping[str, Any], step: int, hel
         f"{config.loss['name']} ({loss.__name__}) of robustloss.",
         "## Loss",
         summary(loss),
-        fenced(_printable(formula_with_values(config.loss)).replace("; ", "\n"), "text"),
-        f"Source: {sources}.",
+        fenced(_printable("\n".join(formula_with_values(config.loss))), "text"),
+        f"Source: {cited}.",
         "## Results on held-out data",
         _results(found),
         "## Use",
@@ -62,12 +62,12 @@ def model_card(config: RunConfig, environment: Mapping[str, Any], step: int, hel
             "python",
         ),
         "## Training",
-        "What was not set is as robustloss has it by default. Of local files only the name is given.",
+        "All settings, with the defaults of those that were not set. Of local files only the name is given.",
         fenced(_printable(yaml.safe_dump(_told(config), sort_keys=False, allow_unicode=True)), "yaml"),
         "## Versions",
         _table("", "", {name: code(environment[name]) for name in VERSIONS if name in environment}),
         "## Citation",
-        f"Cite the loss's source ({sources}), and robustloss {__version__}, with which the model was trained.",
+        f"Cite the loss's source ({cited}), and robustloss {__version__}, with which the model was trained.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -139,8 +139,9 @@ def _results(found: Mapping[str, float]) -> str:
 
 
 def _told(config: RunConfig) -> dict[str, Any]:
-    """The config, with local paths cut down to their last part."""
+    """The config, with the loss's defaults, and with local paths cut down to their last part."""
     told = {key: value for key, value in asdict(config).items() if key not in NOT_TOLD}
+    told["loss"] = with_defaults(config.loss)
     told["reference"].pop("cache_dir")
     for section, keys in (("model", ("name_or_path",)), ("data", ("train", "eval")), ("reference", ("name_or_path",))):
         for key in keys:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -54,25 +55,34 @@ def _first_and_last(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def totals(run: Run) -> list[tuple[str, str]]:
-    """(name, value) of what a run has one number of."""
-    every = {metric: np.concatenate([run.finite(metric, split) for split in SPLIT_LABELS])
-             for metric in ("step", "seconds", "tokens_per_second", "peak_memory_bytes")}  # fmt: skip
-    shown = [
-        ("Optimiser steps", "step", lambda values: f"{int(values.max()):,}"),
-        ("Wall time", "seconds", lambda values: _duration(values.max())),
-        ("Tokens per second (median)", "tokens_per_second", lambda values: f"{np.median(values):,.0f}"),
-        ("Peak memory", "peak_memory_bytes", lambda values: _bytes(values.max())),
-    ]
-    return [(name, show(every[metric])) for name, metric, show in shown if every[metric].size]
+class Total(NamedTuple):
+    """What a run has one number of."""
+
+    name: str
+    head: str  # of a narrow column
+    show: Callable[[np.ndarray], str]
+
+
+TOTALS = {  # by metric
+    "step": Total("Optimiser steps", "steps", lambda values: f"{int(values.max()):,}"),
+    "seconds": Total("Wall time", "time", lambda values: _duration(values.max())),
+    "tokens_per_second": Total("Tokens per second (median)", "tokens / s", lambda values: f"{np.median(values):,.0f}"),
+    "peak_memory_bytes": Total("Peak memory", "peak memory", lambda values: _bytes(values.max())),
+}
+
+
+def totals(run: Run) -> dict[str, str]:
+    """By metric, the values of those `TOTALS` that a run has."""
+    found = {metric: np.concatenate([run.finite(metric, split) for split in SPLIT_LABELS]) for metric in TOTALS}
+    return {metric: TOTALS[metric].show(values) for metric, values in found.items() if values.size}
 
 
 def _sentences(run: Run) -> list[str]:
     """The run in words."""
-    numbers = dict(totals(run))
+    numbers = totals(run)
     model = (run.config.get("model") or {}).get("name_or_path") or "The model"
-    time = f" in {numbers['Wall time']}" if "Wall time" in numbers else ""
-    loss, steps = run.config["loss"]["name"], numbers["Optimiser steps"]
+    time = f" in {numbers['seconds']}" if "seconds" in numbers else ""
+    loss, steps = run.config["loss"]["name"], numbers["step"]
     sentences = [f"{model} was trained with {loss} for {steps} optimiser step{'' if steps == '1' else 's'}{time}."]
     for split, where in {"train": "In training", "eval": "On held-out data"}.items():
         changes = []
@@ -144,12 +154,12 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         output or run_dir / "report.html",
         name=run_dir.resolve().name,
         loss=run.config["loss"]["name"],
-        formula=formula_with_values(run.config["loss"]),
+        formula_lines=formula_with_values(run.config["loss"]),
         sentences=_sentences(run),
         warnings=_warnings(run),
         first_and_last=_first_and_last(run),
         splits=SPLIT_LABELS,
-        totals=totals(run),
+        totals=[(TOTALS[metric].name, value) for metric, value in totals(run).items()],
         figures=figures,
         config=run.config_text,
         versions={name: v if isinstance(v, str) else json.dumps(v) for name, v in run.environment.items()},

@@ -36,8 +36,9 @@ def test_suites_are_found_and_named_without_importing_them(monkeypatch):
     assert bench.suite_names(folder) == sorted(suites.SUITES)
 
 
-def test_pytest_is_started_on_the_suites_with_the_options(robustloss, started, monkeypatch):
+def test_pytest_is_started_on_the_suites_with_the_options(robustloss, started, monkeypatch, tmp_path):
     pytest.importorskip("pytest_benchmark")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
     options = ["--op", "soft_sort", "--results", "out", "--seconds", "5", "--tiny", "--again"]
     assert robustloss("bench", *options)[0] == 75  # pytest's own
@@ -46,6 +47,7 @@ def test_pytest_is_started_on_the_suites_with_the_options(robustloss, started, m
     assert Path(command[3]) == bench.find_suites()
     assert {"--op=soft_sort", "--results=out", "--seconds=5.0", "--tiny", "--again"} <= set(command)
     assert not [name for name in environment if name.startswith("PYTEST_")]
+    assert (tmp_path / "out").is_dir()
 
 
 def test_installed_suites_are_modules_of_robustloss_and_a_trees_are_on_the_path(monkeypatch, tmp_path):
@@ -70,7 +72,17 @@ def test_what_keeps_it_from_measuring_is_told_in_a_line(refused, started, monkey
     assert "holds no benchmarks" in refused("bench")
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytest_benchmark" else real(name))
-    assert 'pytest_benchmark, which is not installed: pip install "robustloss[bench]"' in refused("bench")
+    line = refused("bench")
+    assert "needs pytest-benchmark, which is not installed: pip install pytest-benchmark (or in the checkout: " in line
+    assert line.endswith('pip install --no-build-isolation ".[bench]")')
+    assert not started
+
+
+def test_results_that_can_lie_nowhere_are_told_in_a_line(refused, started, tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "file").touch()
+    for folder, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "results", "Not a directory")):
+        assert refused("bench", "--results", folder).endswith(f"--results '{folder}' cannot be made a folder: {why}")
     assert not started
 
 

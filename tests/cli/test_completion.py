@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-from robustloss.cli import completion
+from robustloss.cli import bench, completion
+from robustloss.losses import LOSSES
+
+SUITES = set(bench.suite_names(folder)) if (folder := bench.find_suites()) else set()
 
 HOW_BASH_ASKS = """
 source "$1"; shift
@@ -40,6 +43,14 @@ def bash_script(tmp_path_factory):
         (["train", "--c"], {"--config"}),
         (["bench", "--op", "x", "--t"], {"--tiny"}),
         (["completion", "z"], {"zsh"}),
+        (["losses", ""], set(LOSSES)),
+        (["losses", "kl"], {"kldpo"}),
+        (["train", "seed=1", "loss.name", "="], set(LOSSES)),  # as bash splits words by default
+        (["train", "loss.name", "=", ""], set(LOSSES)),
+        (["train", "loss.name", "=", "aot_p"], {"aot_paired"}),
+        (["train", "loss.name=tv"], {"loss.name=tv_dpo"}),
+        (["bench", "--op", "soft"], {"soft_sort"}),
+        (["bench", "--tiny", "--op", ""], SUITES),
     ],
 )
 def test_bash_completes(bash_script, words, completed):
@@ -54,7 +65,7 @@ def test_other_shells_get_a_script(robustloss, shell):
     code, out, _ = robustloss("completion", shell)
     assert code == 0
     assert "doctor" in out
-    assert ("loss.tau=" in out) == (shell == "zsh")
+    assert ("loss.tau=" in out) == ("tv_dpo" in out) == (shell == "zsh")
 
 
 def test_the_keys_are_those_that_configs_take():

@@ -150,7 +150,7 @@ def test_triton_is_named_in_the_release_that_torch_pins(monkeypatch):
     pins = ["numpy", 'triton==3.7.1; platform_system == "Linux"']
     monkeypatch.setattr(doctor, "_requirements", lambda package: pins if package == "torch" else [])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert doctor._triton().fix == 'pip install "triton==3.7.1"'
+    assert doctor._triton().fix == "pip install triton==3.7.1"
     monkeypatch.undo()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
@@ -159,8 +159,19 @@ def test_triton_is_named_in_the_release_that_torch_pins(monkeypatch):
 
 def test_attention_for_exact_wdpo_is_what_the_penalty_accepts():
     findings = by_subject(doctor._attention())
-    assert "exact wdpo takes it" in findings["eager"].words
-    assert all("exact wdpo takes it" not in finding.words for name, finding in findings.items() if name != "eager")
+    assert "exact WDPO takes it" in findings["eager"].words
+    assert all("exact WDPO takes it" not in finding.words for name, finding in findings.items() if name != "eager")
+    assert "which SDPA's flash and memory-efficient and cuDNN kernels lack, unlike its math" in findings["sdpa"].words
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert "exact WDPO takes it" in by_subject(doctor._attention())["sdpa"].words
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_an_attention_that_is_absent_is_a_note():
+    pytest.importorskip("transformers")
+    finding = by_subject(doctor._attention())["flash_attention_2"]
+    assert finding.level == NOTE
+    assert finding.words.startswith("flash-attn is not installed")
 
 
 @pytest.fixture
@@ -181,18 +192,35 @@ def packages(monkeypatch):
 def test_packages_are_held_against_the_ranges_of_the_metadata(packages):
     findings = packages(
         ["torch>=2.10", 'peft>=1,<2; extra == "train"', 'numpy; extra == "train"', 'numpy; extra == "bench"',
-         'trl>=1; extra == "bench"', 'ruff; extra == "dev"', 'winonly; platform_system == "Plan 9"'],
+         'trl>=1; extra == "bench"', 'trl<2; extra == "train"', 'ruff; extra == "dev"',
+         'winonly; platform_system == "Plan 9"'],
         {"torch": "2.13.0+cpu", "peft": "2.1", "numpy": "2.0rc1"},
     )  # fmt: skip
     assert findings["torch"] == (OK, "torch", "2.13.0+cpu (torch>=2.10, of robustloss)", "")
     assert findings["peft"].level == BROKEN
     assert findings["peft"].words == "2.1, but robustloss[train] needs peft<2,>=1"
-    assert findings["peft"].fix == 'pip install "peft<2,>=1"'
+    assert findings["peft"].fix.startswith("pip install 'peft<2,>=1' (or in the checkout: ")
     assert findings["numpy"].words == "2.0rc1 (numpy, of robustloss[train,bench])"
-    assert (findings["trl"].level, findings["trl"].fix) == (NOTE, 'pip install "robustloss[bench]"')
+    assert (findings["trl"].level, findings["trl"].words) == (
+        NOTE,
+        "not installed; robustloss[bench] and robustloss[train] need it",
+    )
+    checkout = '(or in the checkout: pip install --no-build-isolation ".[bench]")'
+    assert findings["trl"].fix == f"pip install 'trl<2,>=1' {checkout}"
     assert set(findings) == {"torch", "peft", "numpy", "trl"}
     missing = packages(["torch>=2.10"], {})["torch"]
-    assert (missing.level, missing.fix) == (BROKEN, 'pip install "torch>=2.10"')
+    assert (missing.level, missing.fix) == (BROKEN, "pip install 'torch>=2.10'")
+
+
+def test_a_package_that_two_extras_ask_for_is_told_once_and_held_against_both(packages, robustloss):
+    ranges = ['trl>=1,<2; extra == "train"', 'trl>=1.16; extra == "bench"']
+    told = packages(ranges, {"trl": "1.20"})["trl"].words
+    assert told == "1.20 (trl<2,>=1, of robustloss[train]; trl>=1.16, of robustloss[bench])"
+    finding = packages(ranges, {"trl": "1.8"})["trl"]
+    assert (finding.level, finding.words) == (BROKEN, "1.8, but robustloss[bench] needs trl>=1.16")
+    packages(ranges, {"trl": "1.20"})
+    section = robustloss("doctor")[1].split("packages:")[1]
+    assert [line.split()[1] for line in section.splitlines() if "trl" in line] == ["trl"]
 
 
 def test_a_package_that_is_there_and_does_not_import_is_broken(packages, monkeypatch, capsys):
@@ -207,7 +235,7 @@ def test_a_package_that_is_there_and_does_not_import_is_broken(packages, monkeyp
     finding = packages(['packaging>=1; extra == "train"'], {"packaging": "24.0"})["packaging"]
     assert finding.level == BROKEN
     assert "its import fails: needs another torch" in finding.words
-    assert finding.fix == 'pip install --upgrade "packaging"'
+    assert finding.fix == "pip install --upgrade packaging"
     assert capsys.readouterr() == ("", "")
 
 
@@ -236,4 +264,5 @@ def test_gpus_are_told_and_an_op_that_fails_on_one_alone_is_the_kernel_s(monkeyp
     finding = by_subject(doctor._operations())["token_logps"]
     assert finding.level == BROKEN
     assert finding.words.endswith("CUDA: Triton; on cuda it fails: no kernel image")
-    assert finding.fix.startswith('pip install --force-reinstall "triton')
+    assert finding.fix.startswith("pip install --force-reinstall ")
+    assert "triton" in finding.fix

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,13 +39,37 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["train", "--nonsense"], ["completion", "nonsense"], ["report"]]
+    ("arguments", "told"),
+    [
+        ([], "COMMAND (see robustloss --help)"),
+        (["nonsense"], "(see robustloss --help)"),
+        (["--nonsense", "train"], "unrecognized arguments: --nonsense (see robustloss --help)"),
+        (["train", "--nonsense"], "unrecognized arguments: --nonsense (see robustloss train --help)"),
+        (["bench", "more"], "unrecognized arguments: more (see robustloss bench --help)"),
+        (["bench", "--seconds", "x"], "(see robustloss bench --help)"),
+        (["completion", "nonsense"], "(see robustloss completion --help)"),
+        (["report"], "required: RUN (see robustloss report --help)"),
+    ],
 )
-def test_what_is_no_command_ends_with_code_2(arguments, capsys):
+def test_a_command_line_that_is_none_is_told_in_one_line_with_code_2(arguments, told, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
-    assert "error" in capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert out == ""
+    (line,) = error.splitlines()
+    assert line.startswith("robustloss: error: ")
+    assert line.endswith(told)
+
+
+def test_the_overview_names_every_exit_code_that_a_command_names(capsys):
+    def codes(text: str) -> set[str]:
+        return set(re.findall(r"(?<![\w.])\d+(?= )", text.split("xit code")[1]))
+
+    overview = codes(help_of(capsys=capsys))
+    assert overview >= {"0", "1", "2", "3", "75", "130"}
+    for name in ("train", "bench", "doctor"):
+        assert codes(help_of(name, capsys=capsys)) <= overview, name
 
 
 def test_launchers_may_put_the_local_rank_before_or_behind_the_command():
@@ -60,6 +86,12 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch, tmp_path):
         monkeypatch.setattr(losses, "_list", closed)
         monkeypatch.setattr(sys, "stdout", out)
         assert main(["losses"]) == 1
+
+
+def test_no_remedy_asks_an_index_for_robustloss_which_is_on_none():
+    for file in Path(robustloss.__file__).parent.rglob("*.py"):
+        for command in re.findall(r"pip install.*", file.read_text()):
+            assert "robustloss" not in command, f"{file}: {command}"
 
 
 def test_help_and_losses_import_nothing_that_takes_seconds():

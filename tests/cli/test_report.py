@@ -6,6 +6,7 @@ import builtins
 import errno
 import json
 import os
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -209,10 +210,33 @@ def test_a_full_disk_is_exit_code_1_and_leaves_the_old_page(robustloss, runs, tm
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
         code, _, error = robustloss("report", *reversed(runs), "--output", output)
-    assert code == 1
-    assert "No space left" in error
+    assert (code, error) == (1, "robustloss: error: the report could not be made: No space left on device\n")
     assert output.read_bytes() == old
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_output_that_is_no_file_is_refused_before_anything_is_drawn(refused, runs, tmp_path):
+    for arguments in (runs, runs[:1]):
+        line = refused("report", *arguments, "--output", tmp_path)
+        assert line.endswith(f"--output '{tmp_path}' is a folder: name the HTML file in it")
+        line = refused("report", *arguments, "--output", tmp_path / "nowhere" / "x.html")
+        assert line.endswith(f"x.html' is in no folder that exists: make '{tmp_path / 'nowhere'}' first")
+    assert not (runs[0] / "figures").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_headings_tell_the_options_that_were_not_given(runs, tmp_path):
+    assert "beta = 0.1; label_smoothing = 0.0; link = logistic" in Page(report.write_report(runs[0])).text
+    page = Page(write_comparison(runs, tmp_path / "page.html"))
+    assert "beta = 0.1; label_smoothing = 0.0; link = logistic" in page.text
+    heads = [total.head for total in report.TOTALS.values()]
+    assert [cell.strip() for cell in page.cells if cell.strip() in heads] == heads
+
+
+def test_captions_name_what_is_drawn_and_no_colour():
+    for entry in (*figures.FIGURES, *figures.COMPARISONS):
+        assert not re.search(r"\b(green|red|orange|blue|purple|gr[ea]y)\b", entry.caption), entry.name
 
 
 def test_every_run_has_a_colour_of_its_own_and_no_name_is_drawn(tmp_path):
@@ -236,4 +260,7 @@ def test_a_report_without_its_libraries_says_what_to_install(refused, runs, monk
 
     monkeypatch.setattr(builtins, "__import__", without)
     line = refused("report", runs[0])
-    assert 'a report needs jinja2, which is not installed: pip install "robustloss[train]"' in line
+    assert line.endswith(
+        "a report needs jinja2, which is not installed: pip install jinja2 "
+        '(or in the checkout: pip install --no-build-isolation ".[train]")'
+    )

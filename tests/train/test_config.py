@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 
 from robustloss.train.config import (
+    ALIASES,
     FREE_KEYS,
     InputError,
     RunConfig,
     attention_of,
+    config_keys,
     flatten,
     load_config,
     read_overrides,
@@ -67,6 +69,20 @@ def test_a_saved_config_reads_back_the_same(tmp_path):
         ("reference.mode=base", "lora is null"),
         ("model=gpt2", "config key 'model' must be a section"),
         ("seed", "must read key=value"),
+        ("lr=1", "unknown config key 'lr'; did you mean 'optimizer.learning_rate'?"),
+        ("optimizer.lr=1", "did you mean 'optimizer.learning_rate'?"),
+        ("learning_rate=1", "did you mean 'optimizer.learning_rate'?"),
+        ("batch_size=4", "did you mean 'batch.effective_batch' or 'batch.microbatch'?"),
+        ("beta=0.1", "did you mean 'loss.beta'?"),
+        ("tau=0.1", "did you mean 'loss.tau'?"),
+        ("lora_r=4", "did you mean 'lora.r'?"),
+        ("num_epochs=4", "did you mean 'epochs'?"),
+        ("optimizer.epochs=4", "unknown config key 'optimizer.epochs'; did you mean 'epochs'?"),
+        ("gradient_clip=1", "did you mean 'optimizer.gradient_clipping'?"),
+        ("model.name=gpt2", "did you mean 'model.name_or_path'?"),
+        ("data.path=x", "unknown config key 'data.path'; valid: data.train, "),
+        ("loss.name=aot", "did you mean 'aot_paired' or 'aot_unpaired'?"),
+        ("max_steps=0", "max_steps must be >= 1, got 0"),
         ("seed=99999999999999", "seed must be in [0, 2**31), got 99999999999999"),
         ("seed=-1", "seed must be in [0, 2**31), got -1"),
         ("loss.name=[dpo]", "loss.name ['dpo'] is unknown"),
@@ -77,6 +93,13 @@ def test_a_mistake_is_one_line_that_names_the_key(override, message):
     with pytest.raises(InputError, match=r"^[^\n]*$") as error:
         load_config(None, [override], base=COMPLETE)
     assert message in str(error.value)
+    assert f"{message}.0" not in str(error.value)  # an integer is told as one
+
+
+def test_what_keys_are_called_elsewhere_are_no_keys_here_and_lead_to_such():
+    keys = {*config_keys(), "loss.name"}
+    assert not ALIASES.keys() & {key.rpartition(".")[2] for key in keys}
+    assert {key for meant in ALIASES.values() for key in meant} <= keys
 
 
 @pytest.mark.parametrize(("override", "valid"), [("loss.name=zzz", "kldpo"), ("loss.zzz=1", "label_smoothing")])
@@ -133,6 +156,8 @@ def test_what_is_missing_is_asked_for():
 def test_a_file_that_is_no_yaml_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nothing\.yaml' does not exist"):
         load_config(tmp_path / "nothing.yaml")
+    with pytest.raises(InputError, match=r"' is a folder$"):
+        load_config(tmp_path)
     with pytest.raises(InputError, match=r"bad\.yaml' cannot be read: [^\n]*$"):
         load_config(write(tmp_path / "bad.yaml", "loss: [1, 2\n"))
     with pytest.raises(InputError, match=r"list\.yaml' must hold keys and values"):

@@ -73,6 +73,16 @@ def test_the_card_tells_model_data_loss_results_versions_and_sources():
     assert card == model_card(config_of(output_dir="elsewhere"), ENVIRONMENT, 120, HELD_OUT)
 
 
+def test_a_plain_run_tells_the_defaults_and_cites_its_own_papers_alone():
+    card = model_card(config_of(loss={"name": "dpo"}), ENVIRONMENT, 1, HELD_OUT)
+    assert "Direct preference optimisation" in card
+    assert "\nbeta = 0.1\nlabel_smoothing = 0.0\nlink = logistic\n" in card
+    assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])["loss"]["beta"] == 0.1
+    assert set(re.findall(r"arxiv.org/abs/([\d.]+)", card)) == {"2305.18290"}
+    hinged = model_card(config_of(loss={"name": "dpo", "link": "hinge"}), ENVIRONMENT, 1, HELD_OUT)
+    assert set(re.findall(r"arxiv.org/abs/([\d.]+)", hinged)) == {"2305.18290", "2305.10425"}
+
+
 def test_the_hub_reads_the_metadata():
     card = ModelCard(model_card(config_of(), ENVIRONMENT, 120, HELD_OUT))
     assert card.data.base_model == "Qwen/Qwen3-0.6B"

@@ -139,7 +139,7 @@ def test_page_tells_the_numbers_and_the_loss(tmp_path):
         ("name: dpo, link: ipo", "l(h) = (h - 1 / (2 beta))^2"),
         ("name: kldpo, rho: 0.3", "tau such that KL(P || uniform) = rho"),
         ("name: kldpo, tau: 1.0, normalize: false", "P_i = exp((l(h_i) - mean of l) / tau), neither normalised"),
-        ("name: wdpo, squared: false", "penalty = root of the mean of |g_i|^2"),
+        ("name: wdpo, squared: false", "R = root of the mean of |g_i|^2"),
         ("name: kto", "1 - sigmoid(s_i beta (r_i - z))"),
         ("name: dr_dpo, beta_prime: 2", "exp(-l(h_i) / beta_prime)"),
         ("name: tv_dpo", "|P_i - 1/B| / 2 <= rho"),
