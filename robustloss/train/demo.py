@@ -1,4 +1,4 @@
-"""The embedded default: preference data and a model small enough to train in half a minute on two cores.
+"""The embedded default: preference data and a model small enough to train in about a minute on two cores.
 
 The data come from a little grammar. Most pairs are everyday requests, answered politely and with advice (chosen) or
 curtly and without (rejected). A minority asks for one word, and there the polite answer is the rejected one: a loss
