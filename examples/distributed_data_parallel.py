@@ -47,7 +47,8 @@ def main(argv=None):
     history = []
     accumulation = tiny.accumulation(args, processes)
     for step, microbatches in enumerate(tiny.steps(batches, args.steps, accumulation), start=1):
-        value, metrics = loss.step(microbatches, arguments, torch.Tensor.backward)
+        # Gradients are averaged over the processes in the last microbatch only.
+        value, metrics = loss.step(microbatches, arguments, torch.Tensor.backward, no_sync=policy.no_sync)
         optimizer.step()
         optimizer.zero_grad()
         history.append(tiny.show(step, value, metrics))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,15 +11,35 @@ WORD = 0xFFFF_FFFF
 
 
 class RandomState:
-    """The state of the CPU's generator, and of every CUDA (or ROCm) device's where these are in use."""
+    """The state of the CPU's generator, and of every device's of the accelerator (CUDA, ROCm, XPU, ...) in use."""
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
-        self._devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._module = _accelerator_in_use()
+        self._devices = None if self._module is None else self._module.get_rng_state_all()
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)
-        torch.cuda.set_rng_state_all(self._devices)
+        if self._module is not None:
+            self._module.set_rng_state_all(self._devices)
+
+
+def _accelerator_in_use() -> Any:
+    """torch.cuda or another accelerator's module, once that is initialised: asking never initialises it."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return None
+    module = torch.get_device_module(accelerator)
+    if hasattr(module, "is_initialized"):
+        return module if module.is_initialized() else None
+    return _OneDevice(module) if hasattr(module, "get_rng_state") else None
+
+
+class _OneDevice:
+    """The module of an accelerator that has one device at most (MPS)."""
+
+    def __init__(self, module: Any) -> None:
+        self.get_rng_state_all, self.set_rng_state_all = module.get_rng_state, module.set_rng_state
 
 
 def hashed_uniforms(count: int, seed: int, draw: Tensor) -> Tensor:

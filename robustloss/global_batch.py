@@ -37,6 +37,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,7 @@ from robustloss.validation import check_number
 LogpsFunction = Callable[[Any], Mapping[str, Tensor | None]]
 BackwardFunction = Callable[[Tensor], object]
 SurrogateFunction = Callable[[Any, dict[str, Tensor]], Tensor]
+NoSync = Callable[[], AbstractContextManager[Any]]
 
 
 class NonFiniteError(FloatingPointError):
@@ -153,6 +155,7 @@ class GlobalBatch(nn.Module):
         surrogate_fn: SurrogateFunction | None = None,
         masses: Sequence[float] | None = None,
         divisor: float = 1.0,
+        no_sync: NoSync | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Accumulate the gradient of one optimizer step; all processes must call it together.
 
@@ -173,6 +176,9 @@ class GlobalBatch(nn.Module):
                 none. With them a loss that is a mean (not `coupled`, nor with a shared reference point) needs one pass.
             divisor: what the framework divides by besides the mean over processes: the gradient accumulation steps, in
                 `engine.backward` and Accelerate.
+            no_sync: makes a context in which backward accumulates gradients in this process alone, such as
+                `DistributedDataParallel.no_sync`. It is entered before the first forward and left before the last one
+                with a graph, so that gradients are exchanged once a step and not once a microbatch.
 
         Returns:
             (value, metrics): of all samples, detached, the same in every process.
@@ -190,13 +196,17 @@ class GlobalBatch(nn.Module):
             raise RuntimeError("step trains, and gradients are disabled here; forward gives the value without them")
         microbatches = list(microbatches)
         if masses is not None and not self.looks_at_all:
-            return self._one_pass(microbatches, logps_fn, backward_fn, masses, divisor)
+            return self._one_pass(microbatches, logps_fn, backward_fn, masses, divisor, no_sync)
         if surrogate_fn is None:
             surrogate_fn = partial(_surrogate, logps_fn)
-        return self._two_passes(microbatches, logps_fn, backward_fn, surrogate_fn, divisor)
+        return self._two_passes(microbatches, logps_fn, backward_fn, surrogate_fn, divisor, no_sync)
 
     def cotangents(
-        self, logps: Sequence[Mapping[str, Tensor | None]], *, divisor: float = 1.0
+        self,
+        logps: Sequence[Mapping[str, Tensor | None]],
+        *,
+        divisor: float = 1.0,
+        problem: Exception | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]]]:
         """Steps 2 to 4 alone, for a loop that someone else owns: what to backpropagate in each of its microbatches.
 
@@ -207,6 +217,8 @@ class GlobalBatch(nn.Module):
             logps: [K] the arguments of the loss of each own microbatch, by name, as `step`'s logps_fn gives them; with
                 or without a graph, which is not used. All processes call this together, with as many microbatches.
             divisor: as for `step`.
+            problem: what this process has met before (of `part_of_mean`, say), raised once all processes know of it;
+                the others raise an error that names this one.
 
         Returns:
             (value, metrics, cotangents): of all samples, detached, the same in every process; and of each own
@@ -217,7 +229,7 @@ class GlobalBatch(nn.Module):
         """
         check_number("divisor", divisor, above=0)
         processes = self._processes()
-        gathered = gather(processes, self._names, [_present(own) for own in logps])
+        gathered = gather(processes, self._names, [_present(own) for own in logps], problem)
         _check_finite(gathered)
         policy = {name: whole.requires_grad_() for name, whole in gathered.whole.items() if _is_policy(name)}
         with torch.enable_grad():
@@ -245,6 +257,30 @@ class GlobalBatch(nn.Module):
         total = _total(processes, masses, len(masses), problem)
         return [processes.count * divisor * mass / total if total else 0.0 for mass in masses]
 
+    def part_of_mean(self, arguments: Mapping[str, Tensor | None], share: float) -> tuple[Tensor, Exception | None]:
+        """What to call backward on for one microbatch, where the loss is a mean (not `looks_at_all`): share * loss.
+
+        It raises nothing that the samples are to blame for, as other processes may be waiting in the backward already:
+        where the share is zero, an argument on the CPU is not finite, or the loss refuses the arguments, it is a zero
+        of the same graph. After the last backward, `cotangents(..., problem=problem)` of all microbatches' arguments
+        raises in every process.
+
+        Args:
+            arguments: those of the loss, by name; names that begin with "policy_" carry the gradient.
+            share: of `shares`.
+
+        Returns:
+            (value, problem): [] with a graph; and what the loss has refused, None otherwise.
+        """
+        own = {name: v if _is_policy(name) else v.detach() for name, v in _present(arguments).items()}
+        nothing = weighted_sum(own, {name: torch.zeros_like(v) for name, v in own.items() if _is_policy(name)})
+        if not share or any(v.device.type == "cpu" and not v.isfinite().all() for v in own.values()):
+            return nothing, None
+        try:
+            return share * self.loss(**own), None
+        except (TypeError, ValueError) as error:
+            return nothing, _as_overflow(error)
+
     def _two_passes(
         self,
         microbatches: list[Any],
@@ -252,25 +288,31 @@ class GlobalBatch(nn.Module):
         backward_fn: BackwardFunction,
         surrogate_fn: SurrogateFunction,
         divisor: float,
+        no_sync: NoSync | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         logps, random_states = [], []
-        for index, microbatch in enumerate(microbatches, start=1):
-            last = index == len(microbatches)
-            if last:
-                torch.clear_autocast_cache()  # older torch keeps weights cast without a graph
-            random_states.append(RandomState())
-            with torch.set_grad_enabled(last):
-                logps.append(_present(logps_fn(microbatch)))
-        after = RandomState()
+        with ExitStack() as unsynchronized:
+            if no_sync is not None and len(microbatches) > 1:
+                unsynchronized.enter_context(no_sync())
+            for index, microbatch in enumerate(microbatches, start=1):
+                last = index == len(microbatches)
+                if last:
+                    torch.clear_autocast_cache()  # older torch keeps weights cast without a graph
+                random_states.append(RandomState())
+                with torch.set_grad_enabled(last):
+                    logps.append(_present(logps_fn(microbatch)))
+            after = RandomState()
 
-        value, metrics, cotangents = self.cotangents(logps, divisor=divisor)
-        backward_fn(weighted_sum(logps.pop(), cotangents.pop()))
-        try:
-            for microbatch, state, cotangent in zip(microbatches, random_states, cotangents, strict=False):
-                state.restore()
-                backward_fn(surrogate_fn(microbatch, cotangent))
-        finally:
-            after.restore()
+            value, metrics, cotangents = self.cotangents(logps, divisor=divisor)
+            backward_fn(weighted_sum(logps.pop(), cotangents.pop()))
+            try:
+                for index, cotangent in enumerate(cotangents, start=1):
+                    if index == len(cotangents):
+                        unsynchronized.close()
+                    random_states[index - 1].restore()
+                    backward_fn(surrogate_fn(microbatches[index - 1], cotangent))
+            finally:
+                after.restore()
         return value, metrics
 
     def _one_pass(
@@ -280,21 +322,22 @@ class GlobalBatch(nn.Module):
         backward_fn: BackwardFunction,
         masses: Sequence[float],
         divisor: float,
+        no_sync: NoSync | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         processes, logps, problem = self._processes(), [], None
         total = _total(processes, masses, len(microbatches))
-        for microbatch, mass in zip(microbatches, masses, strict=True):
-            own = {n: v if _is_policy(n) else v.detach() for n, v in _present(logps_fn(microbatch)).items()}
-            # The loss refuses NaN on the CPU, while other processes may be waiting in the backward.
-            refused = any(value.device.type == "cpu" and not value.isfinite().all() for value in own.values())
-            value = weighted_sum(own, {n: torch.zeros_like(v) for n, v in own.items() if _is_policy(n)})
-            if mass and not refused:
-                try:
-                    value = (processes.count * divisor * mass / total) * self.loss(**own)
-                except (TypeError, ValueError) as error:
-                    problem = _as_overflow(error)
-            backward_fn(value)
-            logps.append({name: value.detach() for name, value in own.items()})
+        with ExitStack() as unsynchronized:
+            if no_sync is not None and len(microbatches) > 1:
+                unsynchronized.enter_context(no_sync())
+            for microbatch, mass in zip(microbatches, masses, strict=True):
+                if len(logps) + 1 == len(microbatches):
+                    unsynchronized.close()
+                own = _present(logps_fn(microbatch))
+                share = processes.count * divisor * mass / total if total else 0.0
+                value, refused = self.part_of_mean(own, share)
+                problem = problem or refused
+                backward_fn(value)
+                logps.append({name: value.detach() for name, value in own.items()})
 
         gathered = gather(processes, self._names, logps, problem)
         _check_finite(gathered)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,7 @@ def directional_step(
     masses: Sequence[float] | None = None,
     divisor: float = 1.0,
     group: dist.ProcessGroup | None = None,
+    no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The gradient of a directional `WDPOLoss` over all microbatches of all processes, one first-order pass at a time.
 
@@ -76,6 +78,7 @@ def directional_step(
             by a forward without gradient of each microbatch but the first.
         divisor: what backward_fn divides by besides the mean over processes, such as gradient accumulation steps.
         group: the processes whose gradients are averaged; None: torch.distributed's default group where there is one.
+        no_sync: as for `GlobalBatch.step`: gradients are exchanged in the last of all passes only.
 
     Returns:
         The loss over all processes' pairs, its penalty exact, detached; and `WDPOLoss`'s metrics. The same everywhere.
@@ -88,6 +91,31 @@ def directional_step(
         raise ValueError("penalty 'exact' has no directions: call backward on the loss of LossModule.forward")
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
+    passes = len(microbatches) * loss.backwards_per_microbatch
+
+    def counted(microbatch: Any, offset: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        nonlocal passes
+        if torch.is_grad_enabled():
+            passes -= 1
+            if passes == 0:
+                unsynchronized.close()
+        return logps_fn(microbatch, offset)
+
+    with ExitStack() as unsynchronized:
+        if no_sync is not None:
+            unsynchronized.enter_context(no_sync())
+        return _directional_step(loss, microbatches, counted, backward_fn, masses, divisor, group)
+
+
+def _directional_step(
+    loss: Any,
+    microbatches: Sequence[Any],
+    logps_fn: Callable[[Any, Tensor | None], tuple[dict[str, Tensor], Tensor]],
+    backward_fn: Callable[[Tensor], Any],
+    masses: Sequence[float] | None,
+    divisor: float,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     state = RandomState()
     first: Any = logps_fn(microbatches[0], None)
     if masses is None:
@@ -125,7 +153,7 @@ def directional_step(
             directions.plan(loss.rho if loss.squared else _rooted(loss.rho, square), stretch)
         cotangents, gradient = _caught(logps), _caught(embeddings)
         backward_fn(scale * (directions.first_cotangents() * logps).sum())
-        if not gradient:
+        if not gradient or gradient[0] is None:  # a compiled model gives None for what only leaves it
             raise ValueError(OUTSIDE)
         # What has arrived at the log-probabilities, and not what was sent: a framework may scale a loss.
         directions.measure(gradient.pop(), cotangents.pop(), embeddings.detach())
@@ -440,11 +468,11 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator != 0, numerator / denominator, 0.0)
 
 
-def _caught(value: Tensor) -> list[Tensor]:
-    """An empty list that will hold the gradient of `value` once a backward pass has come by."""
+def _caught(value: Tensor) -> list[Any]:
+    """An empty list that will hold the gradient of `value`, None if it has none, once a backward pass has come by."""
     if not value.requires_grad:
         raise ValueError(OUTSIDE)
-    caught: list[Tensor] = []
+    caught: list[Any] = []
     value.register_hook(caught.append)
     return caught
 

@@ -167,6 +167,7 @@ def train_cut(
     global_batch: bool = True,
     divisor: float = 1.0,
     masses: bool = False,
+    no_sync: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
     """The same SGD on this process's microbatches.
 
@@ -178,6 +179,7 @@ def train_cut(
         global_batch: False trains every microbatch by itself, the usual accumulation.
         divisor: what this framework divides each backward by.
         masses: whether they are known beforehand.
+        no_sync: as `GlobalBatch.step`'s.
     """
     loss = LOSSES[name][0]()
     whole, optimizer = GlobalBatch(loss), torch.optim.SGD(policy.parameters(), lr=0.05)
@@ -193,6 +195,7 @@ def train_cut(
                 lambda scalar: (scalar / divisor).backward(),
                 masses=[mass_of(batch) for batch in microbatches] if masses else None,
                 divisor=divisor,
+                no_sync=no_sync,
             )
         else:
             for batch in microbatches:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from global_batch_cases import LOSSES, SHARES, UNCOUPLED, logps_of, make_batch, make_policy, take, train_cut
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -113,6 +114,11 @@ def failures() -> dict[str, Any]:
             arguments["policy_rejected_logps"] = policy_logps + (nan - policy_logps.detach())
         return arguments
 
+    def overflow(arguments: dict) -> dict:
+        if rank == 1 and len(arguments["ref_chosen_logps"]) == 3:
+            arguments["ref_chosen_logps"] = torch.full((3,), 1e300, dtype=torch.float64)
+        return arguments
+
     def only_first(**extra: Any) -> Callable[[dict], dict]:
         return lambda arguments: {**arguments, **(extra if rank == 0 else {})}
 
@@ -134,6 +140,8 @@ def failures() -> dict[str, Any]:
         "masses": step(mean, rows[:1], masses=[4, 4] if rank else [4]),
         "wrong masses": step(mean, rows[:1], masses=[4 + rank]),
         "reference not finite": step(tilt, rows[:1], only_first(ref_chosen_logps=torch.full((4,), torch.nan).double())),
+        "overflow, two passes": step(DPOLoss(0.5, link="squared_hinge"), rows, overflow),
+        "overflow, one pass": step(DPOLoss(0.5, link="squared_hinge"), rows, overflow, masses=[4, 3]),
         "nobody has samples": step(tilt, [range(0), range(0)]),
         "forward": attempt(
             lambda: GlobalBatch(tilt)(*[torch.zeros(3)] * 4, **({"weights": torch.ones(3)} if rank else {}))
@@ -173,6 +181,26 @@ def exchanges() -> dict[str, int]:
     return counts
 
 
+def synchronizations() -> dict[str, Any]:
+    """How often DistributedDataParallel averages a bucket, of which there is one, and what is trained so."""
+    result: dict[str, Any] = {}
+    for name, masses in (("kldpo tau", False), ("dpo weighted", True)):
+        for once in (False, True):
+            policy, averaged = make_policy(), []
+
+            def average_bucket(group, bucket, averaged=averaged):  # whose annotations torch would check
+                averaged.append(bucket.index())
+                return allreduce_hook(group, bucket)
+
+            wrapped = DistributedDataParallel(policy)
+            wrapped.register_comm_hook(None, average_bucket)
+            shares = SHARES[2, 2][dist.get_rank()]
+            options = {"masses": masses, "no_sync": wrapped.no_sync if once else None}
+            trained = train_cut(name, torch.float64, shares, policy=policy, forward=wrapped, **options)
+            result[f"{name} {'once' if once else 'always'}"] = {**trained, "averaged": averaged}
+    return result
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # one class in a process is what is wanted here
@@ -185,6 +213,7 @@ def main(folder: Path) -> None:
     result["in a group"] = forward(torch.float64, dist.new_group([0, 1]))
     result["failures"] = failures()
     result["exchanges"] = exchanges()
+    result["synchronizations"] = synchronizations()
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.barrier()
     sys.stdout.flush()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import weakref
+from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -438,6 +440,103 @@ def test_shares_make_a_mean_of_microbatches_the_mean_of_samples():
         if share:
             (share * loss.loss(**logps_of(theirs)(batch))).backward()
     torch.testing.assert_close(gradients_of(theirs), gradients_of(mine), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_random_states_are_those_of_the_accelerator_in_use(used, monkeypatch):
+    states = [torch.tensor([1]), torch.tensor([2])]
+    module = SimpleNamespace(
+        is_initialized=lambda: used,
+        get_rng_state_all=lambda: [state.clone() for state in states],
+        set_rng_state_all=lambda saved: states.__setitem__(slice(None), saved),
+    )
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch, "get_device_module", {torch.device("xpu"): module}.get)
+    state = RandomState()
+    states[:] = [torch.tensor([3]), torch.tensor([4])]
+    drawn = torch.rand(2)
+    state.restore()
+    assert torch.equal(torch.rand(2), drawn)
+    assert [int(device) for device in states] == ([1, 2] if used else [3, 4])
+
+
+def test_parts_of_a_mean_are_its_shares_and_keep_the_graph_where_there_is_nothing():
+    loss, arguments = GlobalBatch(DPOLoss(0.5, link="squared_hinge")), make_batch("kldpo tau", 0)
+    policy = make_policy()
+    part, problem = loss.part_of_mean(logps_of(policy)(arguments), 0.25)
+    torch.testing.assert_close(part, 0.25 * loss.loss(**logps_of(policy)(arguments)), rtol=0, atol=0)
+    assert problem is None
+
+    def spoiled(value: float) -> dict[str, torch.Tensor]:
+        return {**logps_of(policy)(arguments), "ref_chosen_logps": torch.full((10,), value, dtype=torch.float64)}
+
+    nothing = torch.zeros(10, dtype=torch.float64)
+    for given, share, expected in (
+        (logps_of(policy)(arguments), 0.0, type(None)),
+        ({**logps_of(policy)(arguments), "weights": nothing}, 0.0, type(None)),  # a mean of no sample
+        ({**logps_of(policy)(arguments), "weights": nothing}, 0.5, ValueError),
+        (spoiled(torch.nan), 0.5, type(None)),  # which the gathered arguments tell with its place
+        (spoiled(1e300), 0.5, NonFiniteError),
+    ):
+        policy.zero_grad()
+        part, problem = loss.part_of_mean(given, share)
+        assert type(problem) is expected
+        assert part == 0
+        part.backward()  # so that no process waits for this one
+        assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients_of(policy))
+
+
+def test_a_problem_met_before_is_raised_in_place_of_cotangents():
+    with pytest.raises(NonFiniteError, match="before"):
+        GlobalBatch(DPOLoss(0.5)).cotangents(
+            [logps_of(make_policy())(batch) for batch in microbatches_of("kldpo tau")], problem=NonFiniteError("before")
+        )
+
+
+@pytest.mark.parametrize(("masses", "backward"), [(None, 0), ([3, 3], 2)])
+def test_finite_samples_that_overflow_the_loss_are_told_as_not_finite(masses, backward):
+    calls, names = [], ("policy_chosen_logps", "policy_rejected_logps", "ref_rejected_logps")
+    others = {name: logps().requires_grad_() for name in names}
+    with pytest.raises(NonFiniteError, match="too large: the loss overflows float64"):
+        GlobalBatch(DPOLoss(0.5, link="squared_hinge")).step(
+            [{**others, "ref_chosen_logps": logps(value)} for value in (0.0, 1e300)],
+            dict,
+            calls.append,
+            masses=masses,
+        )
+    assert len(calls) == backward
+
+
+@pytest.mark.parametrize("masses", [None, [3.0, 1.0, 0.0, 6.0]])
+@pytest.mark.parametrize("count", [1, 4])
+def test_all_passes_with_a_graph_but_the_last_are_without_synchronisation(masses, count):
+    policy, apart, seen = make_policy(), [], []
+
+    @contextmanager
+    def no_sync():
+        apart.append(True)
+        yield
+        apart.pop()
+
+    def logps_fn(batch):
+        seen.append(("forward", bool(apart), torch.is_grad_enabled()))
+        return logps_of(policy)(batch)
+
+    def backward(scalar):
+        seen.append(("backward", bool(apart), True))
+        scalar.backward()
+
+    rows = ROWS if count == 4 else [range(10)]
+    GlobalBatch(DPOLoss(0.5)).step(
+        microbatches_of("kldpo tau", rows),
+        logps_fn,
+        backward,
+        masses=masses and [sum(masses)] if count == 1 else masses,
+        no_sync=no_sync,
+    )
+    passes = [(name, inside) for name, inside, graph in seen if graph]
+    assert passes == (count - 1) * [("forward", True), ("backward", True)] + [("forward", False), ("backward", False)]
+    assert not apart
 
 
 def test_shares_and_cotangents_refuse_what_they_are_not_for():

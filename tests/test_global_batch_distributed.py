@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from global_batch_cases import LOSSES, distance, train_giant
+from global_batch_cases import LOSSES, STEPS, distance, train_giant
 from global_batch_worker import DTYPES, cells
 
 from robustloss import KLDPOLoss
@@ -135,6 +135,16 @@ def test_an_error_of_one_process_ends_the_other_too(results, case, where, error,
     assert other["message"] == f"processes [{where}] gave the loss what it cannot take; their own errors say why"
 
 
+@pytest.mark.parametrize(("case", "backward"), [("overflow, two passes", 0), ("overflow, one pass", 2)])
+def test_finite_samples_that_overflow_the_loss_in_one_process_end_both(results, case, backward):
+    told = [process["failures"][case] for process in results]
+    assert [failure["backward"] for failure in told] == [backward] * 2
+    assert told[1]["type"] == "NonFiniteError"
+    assert "too large" in told[1]["message"]
+    # In one pass only the process itself has seen the sample.
+    assert told[0]["type"] == ("FloatingPointError" if backward else "NonFiniteError")
+
+
 def test_masses_that_are_not_the_samples_are_told_in_both(results):
     for process in results:
         assert process["failures"]["wrong masses"]["message"].startswith("masses add up to 9, but the samples to 8")
@@ -157,6 +167,17 @@ def test_without_gradients_forward_gives_the_value_and_evaluation_learns_nothing
     for process in results:
         assert process["failures"]["value without gradient"] == pytest.approx(expected, rel=1e-6)
         assert process["failures"]["batches in evaluation"] == 0
+
+
+@pytest.mark.parametrize("loss", ["kldpo tau", "dpo weighted"])  # two passes, one pass
+def test_without_synchronisation_gradients_are_averaged_once_a_step_and_are_the_same(results, loss):
+    expected = giant(loss, "float64")
+    for process in results:
+        for way, averages in (("always", 2), ("once", 1)):
+            got = process["synchronizations"][f"{loss} {way}"]
+            assert len(got["averaged"]) == averages * STEPS
+            for name in ("values", "gradients", "parameters"):
+                assert distance(got[name], expected[name]) <= 1e-12, name
 
 
 def test_a_step_exchanges_twice_however_many_its_microbatches(results):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -419,6 +420,45 @@ def test_two_processes_with_ragged_microbatches_have_the_gradient_of_one(squared
     torch.testing.assert_close(results[0]["metrics"], alone["metrics"])
 
 
+@pytest.mark.parametrize("squared", [True, False], ids=["squared", "rooted"])
+def test_gradients_are_synchronised_in_the_last_pass_of_a_step_only(squared):
+    apart, seen = [], []
+    module = LossModule(MODELS["gpt2"]().double(), WDPOLoss(BETA, RHO, squared))
+
+    @contextmanager
+    def no_sync():
+        apart.append(True)
+        yield
+        apart.pop()
+
+    def watched(batch, offset):
+        if torch.is_grad_enabled():
+            seen.append(bool(apart))
+        return arguments_at(module, batch, offset)
+
+    def backward(scalar):
+        seen.append(bool(apart))
+        scalar.backward()
+
+    batches = [make_batch(module.model, index) for index in range(2)]
+    directional_step(module.loss, batches, watched, backward, no_sync=no_sync)
+    # Forward and backward of each pass.
+    assert seen == (2 * 2 * module.loss.backwards_per_microbatch - 2) * [True] + [False, False]
+
+
+class _OnlyLogps(torch.autograd.Function):
+    """Both leave, as of a compiled model, but no gradient comes by the embeddings."""
+
+    @staticmethod
+    def forward(ctx, logps, embeddings):
+        ctx.set_materialize_grads(False)
+        return logps.clone(), embeddings.clone()
+
+    @staticmethod
+    def backward(ctx, logps, embeddings):
+        return logps, embeddings
+
+
 def test_what_does_not_fit_is_refused():
     model = MODELS["gpt2"]()
     batch = make_batch(model)
@@ -432,6 +472,15 @@ def test_what_does_not_fit_is_refused():
 
     with pytest.raises(ValueError, match="embeddings must be part of the graph"):
         directional_step(module.loss, [batch], detached, Tensor.backward)
+
+    def leaves_only(batch, offset):
+        arguments, embeddings = module.arguments_at(batch, offset)
+        logps = arguments["policy_chosen_logps"]
+        arguments["policy_chosen_logps"], embeddings = _OnlyLogps.apply(logps, embeddings)
+        return arguments, embeddings
+
+    with pytest.raises(ValueError, match="embeddings must be part of the graph"):
+        directional_step(module.loss, [batch], leaves_only, Tensor.backward)
 
     def too_few(batch, offset):
         arguments, embeddings = module.arguments_at(batch, offset)

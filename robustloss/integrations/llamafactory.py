@@ -52,6 +52,7 @@ class _Robust(GlobalBatchMixin):
     def concatenated_forward(self, model: Any, batch: dict[str, Any], *others: Any, **options: Any) -> Any:
         if self._value is not None:
             return self._counted[0]
+        self._forward = None  # the previous pass's, before memory must hold this one's
         batch = {name: value for name, value in batch.items() if name != REFERENCE}
         return super().concatenated_forward(model, batch, *others, **options)
 
@@ -61,7 +62,11 @@ class _Robust(GlobalBatchMixin):
 
 class _RobustPairs(_Robust):
     def loss_arguments(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        self._forward = self.concatenated_forward(model, inputs)
+        outputs = self.concatenated_forward(model, inputs)
+        # Metrics take the means of the logits, which are by far the largest.
+        self._forward = {
+            name: value.detach().mean() if name.endswith("_logits") else value for name, value in outputs.items()
+        }
         policy = self._forward["chosen_logps"], self._forward["rejected_logps"]
         return dict(zip(PAIRED_NAMES, (*policy, *inputs[REFERENCE]), strict=True))
 

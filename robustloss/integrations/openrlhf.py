@@ -7,7 +7,7 @@
 
 There each microbatch has a loss of its own, `loss_fn(chosen, rejected, ref_chosen, ref_rejected)`, whose gradients
 DeepSpeed averages. Here the batch is that of all processes and all microbatches of a step (`robustloss.GlobalBatch`):
-at the first microbatch of a step the others are run without gradient too (their reference log-probabilities are kept),
+before the first microbatch of a step the others are run without gradient (their reference log-probabilities are kept),
 which costs (K - 1) / K of a forward pass for K microbatches. A loss that is a mean needs none of this.
 
 Written for OpenRLHF 0.11.2, whose trainer's fit and evaluate were run on a CPU with a stand-in for DeepSpeed.
@@ -141,11 +141,13 @@ def robust(trainer_class: Any) -> type:
             self.loss_fn = LossFunction(
                 loss, group=_data_parallel_group(self.strategy), microbatches=steps, look_ahead=self._look_ahead
             )
-            self._others: list[Any] = []
-            self._states: list[RandomState] = []
-            self._references: deque[Any] = deque()
+            self._others: list[dict[str, Tensor]] = []  # the arguments of all of a step's microbatches but the first
+            self._states: list[RandomState] = []  # where the random numbers stood before each of those
+            self._after: RandomState | None = None  # and after all of them and the first
+            self._known: list[Any] = []  # what the reference has given for them
+            self._references: deque[Any] = deque()  # the same, once their turn has come
             if self.loss_fn.global_batch.looks_at_all:
-                self.train_dataloader = _Steps(self.train_dataloader, steps, self._begin)
+                self.train_dataloader = _Steps(self.train_dataloader, steps, self._begin, self._end)
 
         def fit(self, args: Any, consumed_samples: int = 0, *others: Any, **kwargs: Any) -> None:
             if consumed_samples and isinstance(loss := self.loss_fn.global_batch.loss, StatefulLoss):
@@ -169,21 +171,31 @@ def robust(trainer_class: Any) -> type:
         def _begin(self, index: int, step: list[Any]) -> None:
             """Before the microbatch of this index is handed out."""
             if index == 0:
-                self._others, self._states = step[1:], []
+                self._first_passes(step[1:])  # while no graph is in memory
             else:
                 self._states[index - 1].restore()  # so that its dropout masks are those of its first pass
 
+        def _end(self) -> None:
+            """After the last microbatch of a step."""
+            if self._after is not None:
+                self._after.restore()
+
         @torch.no_grad()
-        def _look_ahead(self) -> list[dict[str, Tensor]]:
-            device, logps = next(self.model.parameters()).device, []
-            for *tensors, prompt_lengths in self._others:
+        def _first_passes(self, others: list[Any]) -> None:
+            self._others, self._states, self._known = [], [], []
+            device = next(self.model.parameters()).device
+            for *tensors, prompt_lengths in others:
                 batch = [*(tensor.squeeze(1).to(device) for tensor in tensors), prompt_lengths]
                 self._states.append(RandomState())
                 chosen, rejected, *_ = super().concatenated_forward(self.model, *batch)
                 reference = super().concatenated_forward(self.ref_model, *batch)
-                self._references.append(reference)
-                logps.append(dict(zip(PAIRED_NAMES, (chosen, rejected, *reference[:2]), strict=True)))
-            return logps
+                self._known.append(reference)
+                self._others.append(dict(zip(PAIRED_NAMES, (chosen, rejected, *reference[:2]), strict=True)))
+
+        def _look_ahead(self) -> list[dict[str, Tensor]]:
+            self._after = RandomState()
+            self._references.extend(self._known)
+            return self._others
 
     RobustDPOTrainer.__name__ = RobustDPOTrainer.__qualname__ = f"Robust{trainer_class.__name__}"
     return RobustDPOTrainer
@@ -211,8 +223,14 @@ def train_dpo(loss: PreferenceLoss) -> None:
 class _Steps:
     """A data loader that has the microbatches of a step ready before it hands out the first."""
 
-    def __init__(self, dataloader: Any, microbatches: int, begin: Callable[[int, list[Any]], None]):
-        self.dataloader, self.microbatches, self.begin = dataloader, microbatches, begin
+    def __init__(
+        self,
+        dataloader: Any,
+        microbatches: int,
+        begin: Callable[[int, list[Any]], None],
+        end: Callable[[], None],
+    ):
+        self.dataloader, self.microbatches, self.begin, self.end = dataloader, microbatches, begin, end
 
     @property
     def sampler(self) -> Any:
@@ -227,6 +245,7 @@ class _Steps:
             for index, microbatch in enumerate(step):
                 self.begin(index, step)
                 yield microbatch
+            self.end()
 
 
 def _checked(loss: PreferenceLoss) -> PreferenceLoss:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import weakref
 from collections import defaultdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -92,7 +93,8 @@ class StandInDPO(StandIn):
         logps = sequence_logps(logits, labels, shift=True, average=self.loss_type == "ipo")
         chosen, rejected = logps.chunk(2)
         averages = chosen / (labels[: len(chosen), 1:] != -100).sum(-1)
-        return {"chosen_logps": chosen, "rejected_logps": rejected, "chosen_logps_avg": averages}
+        logits = dict(zip(("chosen_logits", "rejected_logits"), logits.chunk(2), strict=True))
+        return {"chosen_logps": chosen, "rejected_logps": rejected, "chosen_logps_avg": averages, **logits}
 
     def compute_reference_log_probs(self, model, batch):
         with torch.no_grad():
@@ -110,6 +112,7 @@ class StandInDPO(StandIn):
         if self.ftx_gamma > 1e-6:
             losses += self.ftx_gamma * -outputs["chosen_logps_avg"]
         metrics = {"rewards/chosen": chosen_rewards.mean().item(), "logps/chosen": chosen.mean().item()}
+        metrics["logits/chosen"] = outputs["chosen_logits"].mean().item()
         return losses.mean(), metrics | {"rewards/margins": (chosen_rewards - rejected_rewards).mean().item()}
 
 
@@ -257,6 +260,30 @@ def test_accumulated_microbatches_train_as_one_batch(trainers, tmp_path, make_lo
     for got, expected in zip(accumulated, values, strict=True):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert torch.dist(whole, start) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "make_loss",
+    [DPOLoss, lambda: KLDPOLoss(tau=0.5), lambda: WDPOLoss(rho=0.1), KTOLoss],
+    ids=["dpo", "kldpo", "wdpo", "kto"],
+)
+def test_no_pass_begins_while_the_logits_of_another_are_kept(make_loss, tmp_path):
+    made, kept = [], []
+
+    def watch(base):
+        class Watched(base):
+            def concatenated_forward(self, *arguments, **options):
+                kept.append(sum(logits() is not None for logits in made))
+                outputs = super().concatenated_forward(*arguments, **options)
+                made.append(weakref.ref(outputs["chosen_logits"] if isinstance(outputs, dict) else outputs[2]))
+                return outputs
+
+        return Watched
+
+    classes = {"dpo": watch(StandInDPO), "kto": watch(StandInKTO)}
+    trained((classes, lambda stage, options: SimpleNamespace(**options)), make_loss(), tmp_path, 2)
+    assert len(kept) >= 2 * 2 * 2  # steps, microbatches, policy and reference
+    assert not any(kept)
 
 
 def test_the_first_loss_and_the_evaluation_are_the_losss_own(trainers, tmp_path):

@@ -285,28 +285,46 @@ def test_the_trainer_minimises_the_loss_of_the_pairs_it_is_given(trainer_class):
 
 def test_dropout_masks_are_the_same_in_both_passes(trainer_class, monkeypatch):
     trainer = make_trainer(trainer_class, KLDPOLoss(beta=0.5, tau=0.1), 2, dropout=0.5)
-    seen, random = [], []
+    seen, before, after = [], [], []
     forward = Actor.forward
 
     def recorded(self, ids, **options):
+        if self is trainer.model:
+            before.append(torch.get_rng_state())
         result = forward(self, ids, **options)
         if self is trainer.model:
             seen.append((ids, result[0].detach()))
-            random.append(torch.get_rng_state())
+            after.append(torch.get_rng_state())
         return result
 
     monkeypatch.setattr(Actor, "forward", recorded)
     torch.manual_seed(3)
     trainer.fit(trainer.args, num_update_steps_per_epoch=3)
-    assert len(seen) == 6 * 3  # each step: the first microbatch, the second without and with its graph
+    assert len(seen) == 6 * 3  # each step: the second microbatch without its graph, the first, the second again
     parameters_differ = False
     for step in range(6):
-        first, ahead, again = seen[3 * step : 3 * step + 3]
+        ahead, first, again = seen[3 * step : 3 * step + 3]
         assert torch.equal(ahead[0], again[0])
         torch.testing.assert_close(ahead[1], again[1], rtol=0, atol=0)
-        assert torch.equal(random[3 * step + 1], random[3 * step + 2])
+        assert torch.equal(after[3 * step], after[3 * step + 2])
+        if step % 3 < 2:  # else an epoch ends, and its data loader has drawn a seed
+            assert torch.equal(before[3 * step + 3], after[3 * step + 1])  # no mask is drawn in two steps
         parameters_differ |= not torch.equal(first[1], ahead[1])
     assert parameters_differ
+
+
+def test_the_first_passes_are_done_before_there_is_a_graph(trainer_class, monkeypatch):
+    trainer = make_trainer(trainer_class, KLDPOLoss(beta=0.5, tau=0.1), 4)
+    graphs, forward = [], Actor.forward
+
+    def watched(self, ids, **options):
+        if self is trainer.model:
+            graphs.append(torch.is_grad_enabled())
+        return forward(self, ids, **options)
+
+    monkeypatch.setattr(Actor, "forward", watched)
+    trainer.fit(trainer.args, num_update_steps_per_epoch=3)
+    assert graphs == 6 * [False, False, False, True, True, True, True]
 
 
 def test_the_reference_is_run_once_a_microbatch(trainer_class, monkeypatch):
