@@ -30,25 +30,21 @@ sizes. WDPO's is the mean over the processes of each one's.)
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from robustloss._files import replace_file
 from robustloss._random import RandomState
-from robustloss.global_batch import GlobalBatch, NonFiniteError, weighted_sum
+from robustloss.global_batch import GlobalBatch, weighted_sum
 from robustloss.integrations._versions import require, require_methods
-from robustloss.losses import DPOLoss
+from robustloss.integrations._wdpo import PenaltyPasses
+from robustloss.integrations._window import RunningMeans, Window, wrong_mass
 from robustloss.losses.base import PreferenceLoss
-from robustloss.penalty import check_double_backward, directional_loss, directional_step
 
 require("transformers", "robustloss.integrations.transformers", at_least="4.57")
 
@@ -58,21 +54,24 @@ OVERRIDDEN = (
     "training_step",
     "compute_loss",
     "prediction_step",
+    "evaluation_loop",
     "log",
+    "call_model_init",
     "_prepare_inputs",
     "_save_optimizer_and_scheduler",
     "_load_optimizer_and_scheduler",
+    "_load_best_model",
 )  # or called, of Trainer's methods
 
 
-class GlobalBatchMixin:
+class GlobalBatchMixin(PenaltyPasses):
     """Put before a subclass of `transformers.Trainer`: it trains `loss` on the samples of all processes and of all
     accumulation steps.
 
     Args:
         loss: keyword only, a module of `robustloss.losses`; all other arguments are the trainer's. It is moved to the
-            trainer's device. Its state, if it has one, is saved in each checkpoint (`loss.safetensors`) and loaded on
-            resume.
+            trainer's device. Its state, if it has one, goes with the model's: it is saved in each checkpoint
+            (`loss.safetensors`), loaded on resume and with the best model, and begins anew where `model_init` does.
 
     Raises:
         TypeError: `loss` is no PreferenceLoss.
@@ -92,9 +91,12 @@ class GlobalBatchMixin:
             raise TypeError(f"loss must be a PreferenceLoss such as KLDPOLoss(tau=0.1), got {type(loss).__name__}")
         self.loss = loss
         self._global_batch: Any = None if loss.needs_embeddings else GlobalBatch(loss)
-        self._window: _Window | None = None
-        self._turn: tuple[_Window, int] | None = None  # the microbatch that Trainer is training
-        self._loss_metrics: dict[bool, list[dict[str, Tensor]]] = {True: [], False: []}  # by whether in training
+        self._window: Window | None = None
+        self._turn: tuple[Window, int] | None = None  # the microbatch that Trainer is training
+        self._loss_metrics = {True: RunningMeans(), False: RunningMeans()}  # by whether in training
+        self._evaluation_prefix = "eval"
+        self._first_state = _state_of(loss)
+        self._warned = False
         _check_class(type(self))
         super().__init__(*arguments, **options)
         self.model_accepts_loss_kwargs = False
@@ -153,7 +155,7 @@ class GlobalBatchMixin:
         self.loss.train(training)
         if not training:
             return self._evaluation_loss(model, inputs)
-        window, index = self._turn or (_Window([inputs]), 0)
+        window, index = self._turn or (Window([inputs]), 0)
         if self.loss.needs_embeddings:
             return self._penalized_loss(model, inputs, window, index)
         if len(window) == 1 or self._global_batch.looks_at_all or window.masses(self.samples) is None:
@@ -164,15 +166,19 @@ class GlobalBatchMixin:
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
         microbatches, items = super().get_batch_samples(*arguments, **options)
-        self._window = _Window(microbatches)
+        self._window = Window(microbatches)
         return microbatches, items
 
     def training_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Tensor:
         window = self._window
         if window is None or window.trained == len(window):  # called by hand
-            window = _Window([inputs])
+            window = Window([inputs])
         index, last = window.trained, window.trained + 1 == len(window)
         window.trained += 1
+        if index == 0:
+            window.before = _state_of(self.loss), self._loss_metrics[True].copy()
+        if last:
+            self._check_step_follows(len(window))
         if self.loss.needs_embeddings and not self.loss.differentiates_twice and not last:
             return torch.zeros((), device=self.args.device)  # the last one's turn trains them all
         if index and window.states:
@@ -180,6 +186,12 @@ class GlobalBatchMixin:
         self._turn = window, index
         try:
             return super().training_step(model, inputs, *arguments, **options)
+        except BaseException:
+            # auto_find_batch_size takes these samples again.
+            state, self._loss_metrics[True] = window.before
+            self.loss.load_state_dict(state)
+            self._window = None
+            raise
         finally:
             self._turn = None
             if last:
@@ -195,13 +207,35 @@ class GlobalBatchMixin:
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+        self._loss_metrics[False] = RunningMeans()  # `predict` logs nothing, and leaves its own
+        self._evaluation_prefix = options.get("metric_key_prefix", "eval")
+        return super().evaluation_loop(*arguments, **options)
+
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         training = bool(self.model.training)
-        records, self._loss_metrics[training] = self._loss_metrics[training], []
-        prefix = "" if training else "eval_"
+        means, self._loss_metrics[training] = self._loss_metrics[training].read(), RunningMeans()
+        prefix = "" if training else f"{self._evaluation_prefix}_"
         # In place, as `evaluate` returns the dict that it logs. A trainer's own metrics of the same name stay.
-        logs.update({f"{prefix}{name}": value for name, value in _means(records).items()} | logs)
+        logs.update({f"{prefix}{name}": value for name, value in means.items()} | logs)
         super().log(logs, *arguments, **options)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)
+        if not isinstance(inputs, Mapping):
+            return prepared
+        # Under DeepSpeed all that floats becomes half precision, in which a sum over tokens has lost its digits.
+        kept = {
+            name: value.to(prepared[name].device)
+            for name, value in inputs.items()
+            if isinstance(value, Tensor) and (value.dim() < 2 or name.startswith("ref_"))
+            if name in prepared and prepared[name].dtype != value.dtype
+        }
+        return {**prepared, **kept} if kept else prepared
+
+    def call_model_init(self, *arguments: Any, **options: Any) -> Any:
+        self.loss.load_state_dict(self._first_state)
+        return super().call_model_init(*arguments, **options)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -216,6 +250,12 @@ class GlobalBatchMixin:
         if checkpoint is not None and self.loss.state_dict():
             _load_state(self.loss, Path(checkpoint) / STATE_FILE)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        path = Path(self.state.best_model_checkpoint) / STATE_FILE
+        if self.loss.state_dict() and path.exists():
+            _load_state(self.loss, path)
+
     # The parts.
 
     def _check_trainer(self) -> None:
@@ -225,12 +265,11 @@ class GlobalBatchMixin:
                 f"{kind} needs a process for each GPU, and one process sees {self.args.n_gpu} (nn.DataParallel): start "
                 "it with `torchrun` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them"
             )
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
         for dimension in ("tp", "cp", "sp"):
-            size = getattr(parallelism, f"{dimension}_size", 1) or 1
+            size = self._size_of(dimension)
             if size > 1:
                 raise ValueError(
-                    f"{kind} takes every process for one that has samples of its own, and parallelism_config has "
+                    f"{kind} takes every process for one that has samples of its own, and this run has "
                     f"{dimension}_size={size}: use data parallelism (DDP, FSDP, DeepSpeed)"
                 )
         if getattr(self, "compute_loss_func", None) is not None:
@@ -243,20 +282,24 @@ class GlobalBatchMixin:
         if self.loss.needs_embeddings:
             self._check_penalty()
 
-    def _check_penalty(self) -> None:
-        optimizer = str(getattr(self.args.optim, "value", self.args.optim))
-        if "lomo" in optimizer:
-            raise ValueError(f"optim={optimizer!r} steps in every backward, and WDPO has several in a step")
-        if self.loss.differentiates_twice or self.loss.step is not None:
+    def _size_of(self, dimension: str) -> int:
+        """Of a kind of parallelism, which newer releases of Trainer know from more than one place."""
+        find = getattr(self, f"get_{dimension}_size", None)
+        if find is None:
+            parallelism = getattr(self.accelerator, "parallelism_config", None)
+            return getattr(parallelism, f"{dimension}_size", 1) or 1
+        return find() or 1
+
+    def _check_step_follows(self, microbatches: int) -> None:
+        if self.accelerator.gradient_state.sync_gradients or self._warned:
             return
-        precision = self.accelerator.mixed_precision
-        autocast = precision in ("bf16", "fp16") and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        if autocast and self.model.get_input_embeddings().weight.dtype == torch.float32:
-            raise ValueError(
-                f"{precision}=True rounds what float32 embeddings are moved by, which WDPOLoss's default step does not "
-                "know: give WDPOLoss(step=0.02), load the model in bfloat16 (for which the step is measured), or set "
-                f"{precision}=False"
-            )
+        self._warned = True
+        warnings.warn(
+            f"an epoch ended after {microbatches} of {self.args.gradient_accumulation_steps} accumulation steps, which "
+            "Trainer, not knowing the dataset's length, adds to the next epoch's first step: that one is no longer the "
+            "gradient of its own samples. Give the dataset a length, or as many samples as fill its last step",
+            stacklevel=4,
+        )
 
     def _evaluation_loss(self, model: Any, inputs: Any) -> Tensor:
         with torch.no_grad():
@@ -265,11 +308,11 @@ class GlobalBatchMixin:
             value, metrics = self._penalized_evaluation(model, inputs)
         else:
             value, metrics = self._global_batch(**self.loss_arguments(model, inputs), return_metrics=True)
-        self._loss_metrics[False].append(metrics)
+        self._loss_metrics[False].add(metrics)
         self.observe(model, inputs)
         return value.detach()
 
-    def _coupled_loss(self, model: Any, inputs: Any, window: _Window, index: int) -> Tensor:
+    def _coupled_loss(self, model: Any, inputs: Any, window: Window, index: int) -> Tensor:
         # Before the first's own pass, so that they find no graph in memory.
         others = self._first_passes(model, window) if index == 0 else []
         inputs = self._inputs_of(model, inputs, window, index)
@@ -278,14 +321,14 @@ class GlobalBatchMixin:
             window.value, metrics, window.cotangents = self._global_batch.cotangents(
                 [arguments, *others], divisor=len(window)
             )
-            self._loss_metrics[True].append(metrics)
+            self._loss_metrics[True].add(metrics)
             window.after = RandomState()
         self.observe(model, inputs)
         surrogate = weighted_sum(arguments, window.cotangents[index])
         return window.value + (surrogate - surrogate.detach())
 
     @torch.no_grad()
-    def _first_passes(self, model: Any, window: _Window) -> list[dict[str, Tensor]]:
+    def _first_passes(self, model: Any, window: Window) -> list[dict[str, Tensor]]:
         """The arguments of all microbatches but the first, and where the random numbers stood before each."""
         window.states, every = [RandomState()], []
         for index in range(1, len(window)):
@@ -295,186 +338,29 @@ class GlobalBatchMixin:
         torch.clear_autocast_cache()  # older torch keeps weights cast without a graph
         return every
 
-    def _mean_loss(self, model: Any, inputs: Any, window: _Window, index: int) -> Tensor:
+    def _mean_loss(self, model: Any, inputs: Any, window: Window, index: int) -> Tensor:
         masses = window.masses(self.samples)
         assert masses is not None
         if index == 0:
             window.shares = self._global_batch.shares(masses, divisor=len(window))
         inputs = self._inputs_of(model, inputs, window, index)
         arguments = self.loss_arguments(model, inputs)
-        _check_mass(self, masses[index], arguments)
-        constants = {name: value.detach() for name, value in arguments.items()}
-        window.arguments.append(constants)
+        value, problem = self._global_batch.part_of_mean(arguments, window.shares[index])
+        # Other processes may be waiting in the backward: they learn of it in the window's last turn.
+        window.problem = window.problem or problem or wrong_mass(self, masses[index], arguments)
+        window.arguments.append({name: value.detach() for name, value in arguments.items()})
         if index + 1 == len(window):
-            _, metrics, _ = self._global_batch.cotangents(window.arguments)  # NonFiniteError in all processes alike
-            self._loss_metrics[True].append(metrics)
+            _, metrics, _ = self._global_batch.cotangents(window.arguments, problem=window.problem)
+            self._loss_metrics[True].add(metrics)
         self.observe(model, inputs)
-        policy = {name: value for name, value in arguments.items() if name.startswith("policy_")}
-        if not all(value.isfinite().all() for value in arguments.values() if value.device.type == "cpu"):
-            # The loss refuses it on the CPU, while other processes may be waiting in the backward.
-            return weighted_sum(policy, {name: torch.zeros_like(value) for name, value in policy.items()})
-        return window.shares[index] * self.loss(**(constants | policy))
+        return value
 
     @torch.no_grad()
-    def _inputs_of(self, model: Any, inputs: Any, window: _Window, index: int) -> Any:
+    def _inputs_of(self, model: Any, inputs: Any, window: Window, index: int) -> Any:
         """The prepared microbatch with its reference, found once a step."""
         if index not in window.inputs:
             window.inputs[index] = self.with_reference(model, inputs)
         return window.inputs[index]
-
-    # A penalty on the gradient by the input embeddings (WDPO).
-
-    def _penalized_loss(self, model: Any, inputs: Any, window: _Window, index: int) -> Tensor:
-        if self.loss.differentiates_twice:
-            return self._exact_loss(model, inputs, window, index)
-        if self._turn is None:  # by hand, outside of any step: the graphs of all its passes live together
-            inputs = self._inputs_of(model, inputs, window, index)
-            value, metrics = directional_loss(self.loss, partial(self._arguments_at, model, inputs))
-            self._loss_metrics[True].append(metrics)
-            self.observe(model, inputs)
-            return value
-        return self._directional_loss(model, window)
-
-    def _directional_loss(self, model: Any, window: _Window) -> Tensor:
-        """All passes over the window's microbatches, and backward of all but the last, which is Trainer's."""
-        with torch.no_grad():
-            batches = [
-                self.with_reference(model, self._prepare_inputs(microbatch)) for microbatch in window.microbatches
-            ]
-        count, passes, held = len(batches), 0, []
-        total = count * self.loss.backwards_per_microbatch
-        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-
-        def arguments_at(index: int, offset: Tensor | None) -> tuple[dict[str, Tensor], Any]:
-            nonlocal passes
-            if torch.is_grad_enabled():
-                passes += 1
-                if passes == total:
-                    unsynchronized.close()
-            arguments, embeddings = self._arguments_at(model, batches[index], offset)
-            if offset is None and torch.is_grad_enabled():
-                self._check_finite(arguments, index)
-                self.observe(model, batches[index])
-            return arguments, embeddings
-
-        def backward(value: Tensor) -> None:
-            if passes == total:
-                held.append(value)
-            else:
-                self.accelerator.backward(value / count, **options)
-
-        with ExitStack() as unsynchronized:
-            unsynchronized.enter_context(self._no_sync(model))
-            value, metrics = directional_step(
-                self.loss, range(count), arguments_at, backward, masses=window.masses(self.samples), divisor=count
-            )
-        self._loss_metrics[True].append(metrics)
-        # The other microbatches have returned zero, and Trainer takes the mean.
-        return count * value + (held[0] - held[0].detach())
-
-    @contextmanager
-    def _no_sync(self, model: Any) -> Iterator[None]:
-        """Backward calls accumulate in this process alone, and DeepSpeed takes none of them for a step's last."""
-        state = self.accelerator.gradient_state
-        synchronizes = state.sync_gradients
-        state._set_sync_gradients(False)
-        with ExitStack() as contexts:
-            contexts.callback(state._set_sync_gradients, synchronizes)
-            if not self.is_deepspeed_enabled:
-                contexts.enter_context(self.accelerator.no_sync(model))
-            yield
-
-    def _exact_loss(self, model: Any, inputs: Any, window: _Window, index: int) -> Tensor:
-        instead = "use WDPOLoss(penalty='central'), which is directional"
-        if getattr(self, "is_fsdp_enabled", False):
-            raise ValueError(f"exact WDPO has no second derivative under FSDP, which releases parameters: {instead}")
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if not self.loss.squared and (processes > 1 or len(window) > 1):
-            raise ValueError(
-                f"exact WDPO with squared=False couples the samples of {processes} process(es) and {len(window)} "
-                f"accumulation step(s), and its second derivative sees one microbatch: {instead}, or squared=True"
-            )
-        check_double_backward(model)
-        inputs = self._inputs_of(model, inputs, window, index)
-        arguments, embeddings = self._arguments_at(model, inputs)
-        masses = window.masses(self.samples)
-        if masses is None:
-            if len(window) > 1:
-                raise ValueError(f"exact WDPO with gradient accumulation needs {type(self).__name__}.samples")
-            masses = [_mass(arguments)]
-        _check_mass(self, masses[index], arguments)
-        if index == 0:
-            window.shares = _shares(masses, divisor=len(window))
-        self._check_finite(arguments, index)
-        value, metrics = self.loss(**arguments, embeddings=embeddings, return_metrics=True)
-        self._loss_metrics[True].append(metrics)
-        self.observe(model, inputs)
-        return window.shares[index] * value
-
-    def _penalized_evaluation(self, model: Any, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        if not self.loss.differentiates_twice:
-            return directional_loss(self.loss, partial(self._arguments_at, model, inputs))
-        with torch.enable_grad():
-            arguments, embeddings = self._arguments_at(model, inputs)
-            return self.loss(**arguments, embeddings=embeddings, return_metrics=True)
-
-    def _arguments_at(
-        self, model: Any, inputs: Any, offset: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The loss's arguments at the input embeddings plus an offset; and, without one, the embeddings."""
-        caught: list[Tensor] = []
-
-        def hook(module: Any, arguments: Any, embeddings: Tensor) -> Tensor:
-            if torch.is_grad_enabled() and not embeddings.requires_grad:  # a frozen embedding, under LoRA
-                embeddings.requires_grad_()
-            caught.append(embeddings)
-            if offset is None:
-                return embeddings
-            return (embeddings.to(offset.dtype) + offset).to(embeddings.dtype)
-
-        layer = self.accelerator.unwrap_model(model).get_input_embeddings()
-        handle = layer.register_forward_hook(hook)
-        try:
-            arguments = self.loss_arguments(model, inputs)
-        finally:
-            handle.remove()
-        if len(caught) != 1:
-            raise ValueError(f"loss_arguments must embed its tokens once for {self.loss}, got {len(caught)} times")
-        return arguments, caught[0] if offset is None else None
-
-    def _check_finite(self, arguments: dict[str, Tensor], index: int) -> None:
-        """NonFiniteError in every process, of one microbatch."""
-        bad = torch.stack([~value.isfinite().all() for value in arguments.values() if value.is_floating_point()]).any()
-        if dist.is_available() and dist.is_initialized():
-            bad = bad.to(torch.float32)
-            dist.all_reduce(bad)
-        if bool(bad):
-            raise NonFiniteError(f"log-probabilities are not finite in microbatch {index} of this step")
-
-
-class _Window:
-    """The microbatches of one optimizer step in this process, and what the first of them has found out for all."""
-
-    def __init__(self, microbatches: Sequence[Any]):
-        self.microbatches = list(microbatches)
-        self.trained = 0  # how many have had their turn
-        self.inputs: dict[int, Any] = {}  # prepared, with their reference
-        self.states: list[RandomState] = []  # where the random numbers stood before each
-        self.after: RandomState | None = None  # and after all of them
-        self.value: Any = None
-        self.cotangents: list[dict[str, Tensor]] = []
-        self.shares: list[float] = []
-        self.arguments: list[dict[str, Tensor]] = []
-
-    def __len__(self) -> int:
-        return len(self.microbatches)
-
-    def masses(self, samples: Any) -> list[float] | None:
-        masses = [samples(microbatch) for microbatch in self.microbatches]
-        return None if None in masses else [float(mass) for mass in masses]
-
-
-_shares = GlobalBatch(DPOLoss()).shares  # of any mean over samples
 
 
 def _check_class(kind: type) -> None:
@@ -486,30 +372,8 @@ def _check_class(kind: type) -> None:
     require_methods(trainers[0], kind.__name__, *OVERRIDDEN)
 
 
-def _mass(arguments: dict[str, Tensor]) -> float:
-    weights = arguments.get("weights")
-    if weights is not None:
-        return float(weights.sum())
-    return float(len(next(value for name, value in arguments.items() if name.startswith("policy_"))))
-
-
-def _check_mass(trainer: GlobalBatchMixin, expected: float, arguments: dict[str, Tensor]) -> None:
-    found = _mass(arguments)
-    if not math.isclose(found, expected, rel_tol=1e-4):
-        raise ValueError(
-            f"{type(trainer).__name__}.samples says {expected:g} of a microbatch, and loss_arguments gave the loss "
-            f"{found:g} samples (or weights that add up to it)"
-        )
-
-
-def _means(records: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Of each metric over the records that have it; a group or a class that a batch lacks has NaN."""
-    values = defaultdict(list)
-    for record in records:
-        for name, value in record.items():
-            values[name].append(float(value))
-    kept = {name: [value for value in every if value == value] for name, every in values.items()}
-    return {name: sum(every) / len(every) for name, every in kept.items() if every}
+def _state_of(loss: PreferenceLoss) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in loss.state_dict().items()}
 
 
 def _load_state(loss: PreferenceLoss, path: Path) -> None:

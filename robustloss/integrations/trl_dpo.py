@@ -16,10 +16,11 @@ one microbatch of one process; a mean is over all pairs, where TRL takes the mea
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ class RobustDPOTrainer(GlobalBatchMixin, DPOTrainer):
         ImportError: at import, a TRL that is not installed, or too old or too new.
     """
 
+    _tag_names: ClassVar = [*DPOTrainer._tag_names, "robustloss"]
     compute_loss: Any = DPOTrainer.compute_loss  # which calls _compute_loss
     prediction_step: Any = DPOTrainer.prediction_step
 
@@ -90,15 +92,19 @@ class RobustDPOTrainer(GlobalBatchMixin, DPOTrainer):
         args: DPOConfig | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
+        eval_dataset: Any = None,
         *others: Any,
         loss: PreferenceLoss,
         **options: Any,
     ):
         if isinstance(loss, PreferenceLoss):  # else GlobalBatchMixin says what is wanted
-            _check_loss(loss, train_dataset)
-            _check_options(loss, args)
+            _check_loss(loss, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+            args = _config_of(loss, args)
         self._outputs: Any = None  # of the last forward of the policy
-        super().__init__(model, ref_model, args, data_collator, train_dataset, *others, loss=loss, **options)
+        super().__init__(
+            model, ref_model, args, data_collator, train_dataset, eval_dataset, *others, loss=loss, **options
+        )
+        self.args.beta, self._name = loss.beta, f"DPO with {loss} of robustloss"  # for the records and the model card
         # The rewards that DPOTrainer logs; an offset link's beta is no factor.
         self.beta = 1.0 if loss.link in OFFSET_LINKS else loss.beta
         if loss.needs_embeddings and getattr(self, "aux_loss_enabled", False):
@@ -110,11 +116,15 @@ class RobustDPOTrainer(GlobalBatchMixin, DPOTrainer):
         if self.precompute_ref_logps:
             return inputs
         # Before TRL 1.9 it finds its model itself.
-        models = () if _takes_one(DPOTrainer.compute_ref_log_probs) else (self.ref_model or self.model,)
+        models = (
+            ()
+            if _takes_one(DPOTrainer.compute_ref_log_probs)
+            else (self.model if self.ref_model is None else self.ref_model,)
+        )
         return {**inputs, **dict(zip(REFERENCE, self.compute_ref_log_probs(*models, inputs), strict=True))}
 
     def loss_arguments(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        labels = _labels(inputs)
+        labels, self._outputs = _labels(inputs), None  # the last ones' memory
         if FUSED_HEAD and not self.loss.differentiates_twice:
             self._outputs = model(**self._model_arguments(inputs), labels=labels, fused_lm_head=True)
             # Prompt-learning adapters put virtual tokens in front.
@@ -173,12 +183,6 @@ class RobustDPOTrainer(GlobalBatchMixin, DPOTrainer):
         find: Any = super().compute_ref_log_probs
         return find(*models, inputs)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        prepared = super()._prepare_inputs(inputs)
-        # Under DeepSpeed all that floats becomes half precision, in which a sum over tokens has lost its digits.
-        found = {name: inputs[name].to(self.args.device) for name in REFERENCE if name in inputs}
-        return {**prepared, **found} if found else prepared
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.loss.needs_groups and "group" not in self._signature_columns:
@@ -198,6 +202,8 @@ class _WithGroups:
         self.collator = collator
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
+        if not all("group" in example for example in examples):
+            raise ValueError("the loss needs the column 'group', which this dataset lacks")
         return {**self.collator(examples), "group": torch.tensor([int(example["group"]) for example in examples])}
 
 
@@ -209,20 +215,25 @@ def _takes_one(function: Callable[..., Any]) -> bool:
     return len(inspect.signature(function).parameters) == 2  # self and the inputs
 
 
-def _check_loss(loss: PreferenceLoss, dataset: Any) -> None:
+def _check_loss(loss: PreferenceLoss, datasets: dict[str, Any]) -> None:
     if loss.needs_mismatched:
         raise TypeError(
             f"RobustDPOTrainer has pairs, and {type(loss).__name__} needs single completions with a label and "
             "mismatched ones: use robustloss.integrations.trl.RobustKTOTrainer"
         )
-    columns = getattr(dataset, "column_names", None)
-    if loss.needs_groups and columns is not None and "group" not in columns:
-        raise ValueError(f"{type(loss).__name__} needs the column 'group' in train_dataset, which has {columns}")
-
-
-def _check_options(loss: PreferenceLoss, args: DPOConfig | None) -> None:
-    if args is None:
+    if not loss.needs_groups:
         return
+    for name, dataset in datasets.items():
+        for one in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
+            columns = getattr(one, "column_names", None)
+            if columns is not None and "group" not in columns:
+                raise ValueError(f"{type(loss).__name__} needs the column 'group' in {name}, which has {columns}")
+
+
+def _config_of(loss: PreferenceLoss, args: DPOConfig | None) -> DPOConfig | None:
+    """A copy of args that says what the loss says, once it is sure that args said nothing else."""
+    if args is None:
+        return None
     for name, instead in INSTEAD.items():
         value, default = getattr(args, name, None), _default(name)
         if value != default:
@@ -232,6 +243,9 @@ def _check_options(loss: PreferenceLoss, args: DPOConfig | None) -> None:
     # Before the fused head it replaces the loss (up to 1.13) or the logits (1.14), and later the layers only.
     if args.use_liger_kernel and not FUSED_HEAD:
         raise ValueError("DPOConfig(use_liger_kernel=True) would replace the loss: leave it out")
+    args = copy.copy(args)
+    args.beta = loss.beta
+    return args
 
 
 def _default(name: str) -> Any:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class RobustKTOTrainer(GlobalBatchMixin, KTOTrainer):
         ImportError: at import, a TRL that is not installed, or too old or too new.
     """
 
+    _tag_names: ClassVar = [*KTOTrainer._tag_names, "robustloss"]
     compute_loss: Any = KTOTrainer.compute_loss  # which calls _compute_loss
     prediction_step: Any = KTOTrainer.prediction_step
 
@@ -90,6 +91,7 @@ class RobustKTOTrainer(GlobalBatchMixin, KTOTrainer):
             args = KTOConfig(f"{name.split('/')[-1]}-KTO")
         self._outputs: Any = None  # of the last forward of the policy
         super().__init__(model, ref_model, _config_of(loss, args), *others, loss=loss, **options)
+        self._name = f"KTO with {loss} of robustloss"  # for the model card
         # The rewards that KTOTrainer logs; an offset link's beta is no factor.
         self.beta = 1.0 if loss.link in OFFSET_LINKS else loss.beta
 
@@ -105,6 +107,7 @@ class RobustKTOTrainer(GlobalBatchMixin, KTOTrainer):
 
     def loss_arguments(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        self._outputs = None  # the last ones' memory
         self._outputs = model(**_model_arguments(inputs), **router)
         logps = _completion_logps(self._outputs, inputs)
         desirable = torch.as_tensor(inputs["label"], dtype=torch.bool, device=logps.device)  # before 1.9 a list
@@ -154,12 +157,6 @@ class RobustKTOTrainer(GlobalBatchMixin, KTOTrainer):
                 adapted = self.accelerator.unwrap_model(self.model)
                 with use_adapter(adapted, adapter_name="ref" if "ref" in adapted.peft_config else None):
                     yield self.model
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        prepared = super()._prepare_inputs(inputs)
-        # Under DeepSpeed all that floats becomes half precision, in which a sum over tokens has lost its digits.
-        found = {name: inputs[name].to(self.args.device) for name in REFERENCE if name in inputs}
-        return {**prepared, **found} if found else prepared
 
 
 class _Made:

@@ -375,3 +375,195 @@ def test_exact_wdpo_that_couples_several_microbatches_names_the_directional_one(
     )
     with pytest.raises(ValueError, match=r"2\s+accumulation step\(s\).*penalty='central'.*directional"):
         trainer.train()
+
+
+class WeightedTrainer(PairTrainer):
+    def loss_arguments(self, model, inputs):
+        return super().loss_arguments(model, inputs) | {"weights": inputs["weight"]}
+
+
+class CountingWeightedTrainer(WeightedTrainer):
+    def samples(self, microbatch):
+        return float(microbatch["weight"].sum())
+
+
+@pytest.mark.parametrize("kind", [WeightedTrainer, CountingWeightedTrainer])
+def test_a_microbatch_whose_weights_are_all_zero_adds_nothing(tmp_path, kind):
+    data = rows()
+    for index, row in enumerate(data):
+        row["weight"] = torch.tensor(0.0 if 4 <= index < 8 else 1.0 + index, dtype=torch.float64)
+    options = {"kind": kind, "data": data, "train_sampling_strategy": "sequential"}
+    whole = trainer_of(tmp_path, DPOLoss(0.5), **options)
+    whole.train()
+    cut = trainer_of(tmp_path, DPOLoss(0.5), per_device_train_batch_size=4, gradient_accumulation_steps=3, **options)
+    cut.train()
+    torch.testing.assert_close(parameters_of(cut), parameters_of(whole), rtol=1e-12, atol=0)
+    assert logged(cut, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-6)
+
+
+def backwards_until(trainer, error, match) -> int:
+    """How many backward calls there were before the error."""
+    calls, backward = [], trainer.accelerator.backward
+
+    def count(value, **options):
+        calls.append(value)
+        backward(value, **options)
+
+    trainer.accelerator.backward = count
+    before = parameters_of(trainer)
+    with pytest.raises(error, match=match):
+        trainer.train()
+    assert torch.equal(parameters_of(trainer), before)
+    return len(calls)
+
+
+@pytest.mark.parametrize("kind", [CountingTrainer, WrongTrainer])
+def test_what_one_process_finds_wrong_is_told_to_all_after_their_backwards(tmp_path, kind):
+    """Raised at once, it would leave the others waiting: only the last backward of a step has not been started."""
+    data = rows()
+    if kind is CountingTrainer:
+        data[0]["ref_chosen"].fill_(1.7e308)
+        data[0]["ref_rejected"].fill_(-1.7e308)
+    trainer = trainer_of(
+        tmp_path,
+        DPOLoss(0.5),
+        kind=kind,
+        data=data,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        train_sampling_strategy="sequential",
+    )
+    error, match = (NonFiniteError, "too large") if kind is CountingTrainer else (ValueError, "samples says 1")
+    assert backwards_until(trainer, error, match) == 2
+
+
+def test_under_deepspeed_numbers_of_samples_keep_their_digits(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, DPOLoss())
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin, raising=False)
+    trainer.is_deepspeed_enabled = True
+    inputs = {
+        "pixels": torch.rand(2, 3),
+        "tokens": torch.tensor([[1, 2]]),
+        "ref_chosen": torch.tensor([-351.3, -0.1]),
+        "weight": torch.tensor([0.3, 1.1], dtype=torch.float64),
+        "ref_token_logps": torch.tensor([[-0.3, -0.1]]),
+    }
+    prepared = trainer._prepare_inputs(inputs)
+    assert prepared.keys() == inputs.keys()
+    assert prepared["pixels"].dtype == torch.bfloat16
+    for name in inputs.keys() - {"pixels"}:
+        assert prepared[name].dtype == inputs[name].dtype
+        assert torch.equal(prepared[name], inputs[name])
+
+
+def state_of(trainer) -> dict:
+    return {name: value.tolist() for name, value in trainer.loss.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["beta dpo", "group dro"])
+def test_samples_that_a_smaller_batch_size_takes_again_count_once(tmp_path, name):
+    options = {"max_steps": 2, "logging_steps": 2, "train_sampling_strategy": "sequential"}
+    trainer = trainer_of(tmp_path, LOSSES[name](), auto_find_batch_size=True, per_device_train_batch_size=8, **options)
+    backward, failures = trainer.accelerator.backward, []
+
+    def overflow(value, **arguments):
+        if trainer._train_batch_size == 8:
+            failures.append(value)
+            raise RuntimeError("CUDA out of memory. Tried")
+        backward(value, **arguments)
+
+    trainer.accelerator.backward = overflow
+    trainer.train()
+    assert len(failures) == 1
+    direct = trainer_of(tmp_path, LOSSES[name](), per_device_train_batch_size=trainer._train_batch_size, **options)
+    direct.train()
+    assert state_of(trainer) == state_of(direct)
+    assert logged(trainer, "logps/chosen") == pytest.approx(logged(direct, "logps/chosen"), rel=1e-12)
+
+
+def test_a_model_that_begins_anew_has_a_loss_that_does(tmp_path):
+    args = trainer_of(tmp_path, DPOLoss()).args
+    loss = BetaDPOLoss(0.5, 0.3, 0.3)
+    trainer = PairTrainer(None, args, model_init=lambda: Policy(), train_dataset=rows(), loss=loss)
+    runs = []
+    for _ in range(2):
+        trainer.train()
+        runs.append((logged(trainer, "loss"), parameters_of(trainer).tolist(), state_of(trainer)))
+    assert runs[0] == runs[1]
+    assert runs[0][2] != {name: value.tolist() for name, value in BetaDPOLoss(0.5, 0.3, 0.3).state_dict().items()}
+
+
+def test_the_best_model_comes_with_the_state_that_its_loss_had(tmp_path):
+    trainer = trainer_of(
+        tmp_path,
+        BetaDPOLoss(0.5, 0.3, 0.3),
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert trainer.state.best_global_step < 3
+    assert int(trainer.loss.batches) == trainer.state.best_global_step
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-9)
+
+
+def test_metrics_are_the_means_since_the_last_log_of_the_batches_that_have_them(tmp_path):
+    data = rows()
+    for index, row in enumerate(data):
+        row["group"].fill_(0 if index < 5 else 1)
+    options = {"data": data, "per_device_train_batch_size": 5, "max_steps": 4, "train_sampling_strategy": "sequential"}
+    every = trainer_of(tmp_path, LOSSES["group dro"](), **options)
+    every.train()
+    some = trainer_of(tmp_path, LOSSES["group dro"](), logging_steps=4, **options)
+    some.train()
+    for name, count in (("logps/chosen", 4), ("group_dro/loss_0", 2), ("group_dro/loss_1", 2)):
+        values = logged(every, name)
+        assert len(values) == count
+        assert logged(some, name) == [pytest.approx(sum(values) / count, rel=1e-12)]
+
+
+def test_an_evaluations_metrics_have_its_prefix_and_are_its_own(tmp_path):
+    trainer = trainer_of(tmp_path, KLDPOLoss(0.5, tau=0.2))
+    first = trainer.evaluate()
+    trainer.predict(rows(10))
+    assert trainer.evaluate()["eval_logps/chosen"] == first["eval_logps/chosen"]
+    test = trainer.evaluate(metric_key_prefix="test")
+    assert test["test_logps/chosen"] == first["eval_logps/chosen"]
+    assert not any(name.startswith("eval_") for name in test)
+    found = trainer.evaluate({"few": rows(4), "many": rows(10)})
+    assert found["eval_few_logps/chosen"] == first["eval_logps/chosen"]
+    assert found["eval_many_logps/chosen"] != first["eval_logps/chosen"]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(rows())
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_a_step_that_trainer_leaves_unfinished_is_warned_of_once(tmp_path, sized, recwarn):
+    trainer = trainer_of(
+        tmp_path,
+        KLDPOLoss(0.5, tau=0.2),
+        data=rows() if sized else Stream(),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        max_steps=4,
+    )
+    trainer.train()
+    told = [str(warning.message) for warning in recwarn if "accumulation steps" in str(warning.message)]
+    assert len(told) == (0 if sized else 1)
+    assert sized or "an epoch ended after 2 of 3 accumulation steps" in told[0]
+
+
+def test_every_place_that_trainer_knows_parallelism_from_is_asked(tmp_path):
+    trainer = trainer_of(tmp_path, DPOLoss())
+    trainer.get_cp_size = lambda: 2
+    with pytest.raises(ValueError, match=r"cp_size=2: use data parallelism"):
+        trainer._check_trainer()

@@ -18,8 +18,9 @@ from robustloss import (
 
 pytest.importorskip("trl", reason="needs TRL: pip install 'robustloss[trl]'")
 
+from tiny_models import byte_tokenizer
 from trl import DPOConfig, DPOTrainer
-from trl_cases import dpo_trainer, history, load, moved, pairs, parameters_of
+from trl_cases import dpo_trainer, history, load, moved, pairs, parameters_of, settings
 
 from robustloss.integrations.trl import RobustDPOTrainer
 
@@ -354,3 +355,79 @@ def test_losses_of_other_data_name_their_trainer(gpt2_folder, tmp_path):
         dpo_trainer(RobustDPOTrainer, load(gpt2_folder), tmp_path, options={"loss": "kldpo"})
     with pytest.raises(ValueError, match="GroupDROLoss needs the column 'group' in train_dataset"):
         dpo_trainer(RobustDPOTrainer, load(gpt2_folder), tmp_path, options={"loss": GroupDROLoss()})
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_every_evaluation_dataset_needs_the_groups_too(gpt2_folder, tmp_path, many):
+    args = DPOConfig(**settings(tmp_path))
+    data = {"args": args, "train_dataset": pairs(group=lambda index: 0), "processing_class": byte_tokenizer()}
+    lacking = {"one": data["train_dataset"], "other": pairs(4)} if many else pairs(4)
+    with pytest.raises(ValueError, match="GroupDROLoss needs the column 'group' in eval_dataset"):
+        RobustDPOTrainer(load(gpt2_folder), **data, eval_dataset=lacking, loss=GroupDROLoss())
+    trainer = RobustDPOTrainer(load(gpt2_folder), **data, loss=GroupDROLoss())
+    example = {name: value for name, value in trainer.train_dataset[0].items() if name != "group"}
+    with pytest.raises(ValueError, match="the column 'group', which this dataset lacks"):
+        trainer.data_collator([example])
+
+
+def test_what_is_recorded_of_a_run_names_the_loss_and_its_beta(gpt2_folder, tmp_path):
+    given = DPOConfig(**settings(tmp_path))
+    trainer = RobustDPOTrainer(
+        load(gpt2_folder),
+        args=given,
+        train_dataset=pairs(),
+        processing_class=byte_tokenizer(),
+        loss=KLDPOLoss(0.5, tau=0.2),
+    )
+    assert (trainer.args.beta, given.beta) == (0.5, 0.1)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "This model was trained with DPO with KLDPOLoss(beta=0.5, " in card
+    assert "- robustloss" in card
+
+
+def test_compiled_models_train_the_same(gpt2_folder, tmp_path):
+    """As far as how they are wrapped goes: nothing is compiled here."""
+    runs = []
+    for changes in ({"torch_compile": True, "torch_compile_backend": "eager"}, {}):
+        trainer = dpo_trainer(
+            RobustDPOTrainer,
+            load(gpt2_folder),
+            tmp_path,
+            options={"loss": KLDPOLoss(0.5, tau=0.2), "ref_model": moved(gpt2_folder)},
+            gradient_accumulation_steps=3,
+            max_steps=1,
+            **changes,
+        )
+        with torch.compiler.set_stance("force_eager"):
+            trainer.train()
+        runs.append(trainer)
+    compiled, plain = runs
+    torch.testing.assert_close(parameters_of(compiled), parameters_of(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_a_forward_finds_no_outputs_of_the_last_one_in_memory(gpt2_folder, tmp_path):
+    trainer = dpo_trainer(
+        RobustDPOTrainer,
+        load(gpt2_folder),
+        tmp_path,
+        options={"loss": KLDPOLoss(0.5, tau=0.1), "ref_model": moved(gpt2_folder)},
+        gradient_accumulation_steps=3,
+        max_steps=1,
+    )
+    kept = []
+    trainer.model.register_forward_pre_hook(lambda *_: kept.append(trainer._outputs))
+    trainer.train()
+    assert kept == [None] * 5
+
+
+def test_virtual_tokens_of_prompt_tuning_are_no_part_of_a_completion(gpt2_folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'robustloss[train]'")
+    runs = []
+    for kind, options in ((RobustDPOTrainer, {"loss": DPOLoss(0.1)}), (DPOTrainer, {})):
+        torch.manual_seed(5)
+        config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        trainer = dpo_trainer(kind, load(gpt2_folder), tmp_path, options={**options, "peft_config": config})
+        trainer.train()
+        runs.append(trainer)
+    assert_same_runs(*runs)

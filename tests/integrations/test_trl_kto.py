@@ -97,6 +97,21 @@ def test_with_one_microbatch_a_step_kto_is_trls_own(train, folder, options, extr
     assert len({round(loss, 4) for loss in losses}) == 3  # something was learned
 
 
+def test_an_adapter_that_is_there_beforehand_is_the_reference(make, folder):
+    peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'robustloss[train]'")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    runs = []
+    for kind, options in ((RobustKTOTrainer, {"loss": KTOLoss(0.5)}), (trl.KTOTrainer, {"beta": 0.5})):
+        torch.manual_seed(5)
+        model = peft.get_peft_model(load(folder), config)
+        trainer = make(kind, model=model, processing_class=byte_tokenizer(), **options)
+        assert trainer.ref_model is None
+        assert "ref" in trainer.accelerator.unwrap_model(trainer.model).peft_config
+        trainer.train()
+        runs.append((parameters_of(trainer), history(trainer)))
+    assert_same_run(*runs)
+
+
 def test_the_auxiliary_loss_of_experts_is_kept(train, tmp_path):
     path = save_tiny(tmp_path / "moe", moe())
     expected = train(trl.KTOTrainer, beta=0.5, model=path)

@@ -228,9 +228,26 @@ def test_an_auxiliary_loss_of_experts_is_refused(gpt2_folder, tmp_path):
 
 def test_an_optimizer_that_steps_in_its_backward_is_refused(gpt2_folder, tmp_path):
     trainer = trainer_of(gpt2_folder, tmp_path, WDPOLoss(0.5))
-    trainer.args.optim = "lomo"
-    with pytest.raises(ValueError, match="optim='lomo' steps in every backward"):
-        trainer._check_trainer()
+    for name in ("lomo", "galore_adamw_layerwise"):
+        trainer.args.optim = name
+        with pytest.raises(ValueError, match=f"optim='{name}' steps in every backward"):
+            trainer._check_trainer()
+
+
+@pytest.mark.parametrize("penalty", ["central", "exact"])
+def test_a_compiled_model_is_refused(gpt2_folder, tmp_path, penalty):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    with pytest.raises(ValueError, match=r"torch_compile=True .* set it to False"):
+        trainer_of(gpt2_folder, tmp_path, WDPOLoss(0.5, penalty=penalty), **compiled)
+
+
+def test_the_exact_gradient_is_that_of_the_masks_that_were_drawn(gpt2_folder, tmp_path):
+    """One forward: its log-probabilities, its penalty and both derivatives have one mask."""
+    updates = []
+    for loss in (WDPOLoss(0.5, RHO, penalty="exact"), WDPOLoss(0.5, RHO, step=3e-4)):
+        trainer = trainer_of(gpt2_folder, tmp_path, loss, disable_dropout=False, seed=4)
+        updates.append(update_of(trainer))
+    assert relative_error(updates[1], updates[0]) < 2e-2
 
 
 def test_autocast_asks_for_a_step_that_survives_its_rounding(gpt2_folder, tmp_path):
