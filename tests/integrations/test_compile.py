@@ -64,6 +64,7 @@ def test_a_model_and_its_loss_are_one_graph():
     assert_compiled_once(step, "aot_eager", batches)
 
 
+@pytest.mark.slow  # the compiler of C++ takes most of it
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler on the CPU")
 def test_the_default_backend_agrees_from_logits_to_losses():
     losses = [KLDPOLoss(rho=0.1), AOTPairedLoss(sort="soft_l2")]
