@@ -22,8 +22,9 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(VENV)/.ready
 	$(BIN)/robustloss train
 
+# As many workers as cores, and so one thread in each.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Every property on many new cases, and how many there were.
 test-slow: $(VENV)/.ready

@@ -19,6 +19,8 @@ if not HAS_GPU:
 
 
 def pytest_collection_modifyitems(items):
+    # The training runs take longest: first, so that no worker ends with one while the others have nothing left.
+    items.sort(key=lambda item: "train" not in item.path.parts)
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a CUDA or ROCm device, and torch finds none")
