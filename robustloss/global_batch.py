@@ -273,7 +273,7 @@ class GlobalBatch(nn.Module):
             (value, problem): [] with a graph; and what the loss has refused, None otherwise.
         """
         own = {name: v if _is_policy(name) else v.detach() for name, v in _present(arguments).items()}
-        nothing = weighted_sum(own, {name: torch.zeros_like(v) for name, v in own.items() if _is_policy(name)})
+        nothing = zero_of(own)
         if not share or any(v.device.type == "cpu" and not v.isfinite().all() for v in own.values()):
             return nothing, None
         try:
@@ -408,6 +408,12 @@ def _as_overflow(error: Exception) -> Exception:
 
 def _surrogate(logps_fn: LogpsFunction, microbatch: Any, cotangents: dict[str, Tensor]) -> Tensor:
     return weighted_sum(_present(logps_fn(microbatch)), cotangents)
+
+
+def zero_of(arguments: Mapping[str, Tensor]) -> Tensor:
+    """Nothing, with the graph of a microbatch, for a backward that other processes wait in."""
+    policy = {name: value for name, value in arguments.items() if _is_policy(name)}
+    return weighted_sum(policy, {name: torch.zeros_like(value) for name, value in policy.items()})
 
 
 def weighted_sum(logps: Mapping[str, Tensor], cotangents: Mapping[str, Tensor]) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from robustloss.global_batch import GlobalBatch
-from robustloss.integrations._window import Window, agree, mass_of, wrong_mass, zero_of
+from robustloss.global_batch import GlobalBatch, zero_of
+from robustloss.integrations._window import Window, agree, mass_of, wrong_mass
 from robustloss.losses import DPOLoss
 from robustloss.penalty import check_double_backward, directional_loss, directional_step
 
@@ -74,16 +74,11 @@ class PenaltyPasses:
             batches = [
                 self.with_reference(model, self._prepare_inputs(microbatch)) for microbatch in window.microbatches
             ]
-        count, passes, held = len(batches), 0, []
+        count, called, held = len(batches), 0, []
         total = count * self.loss.backwards_per_microbatch
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
 
         def arguments_at(index: int, offset: Tensor | None) -> tuple[dict[str, Tensor], Any]:
-            nonlocal passes
-            if torch.is_grad_enabled():
-                passes += 1
-                if passes == total:
-                    unsynchronized.close()
             arguments, embeddings = self._arguments_at(model, batches[index], offset)
             if offset is None and torch.is_grad_enabled():
                 agree(arguments, index)
@@ -91,16 +86,22 @@ class PenaltyPasses:
             return arguments, embeddings
 
         def backward(value: Tensor) -> None:
-            if passes == total:
+            nonlocal called
+            called += 1
+            if called == total:
                 held.append(value)
             else:
                 self.accelerator.backward(value / count, **options)
 
-        with ExitStack() as unsynchronized:
-            unsynchronized.enter_context(self._no_sync(model))
-            value, metrics = directional_step(
-                self.loss, range(count), arguments_at, backward, masses=window.masses(self.samples), divisor=count
-            )
+        value, metrics = directional_step(
+            self.loss,
+            range(count),
+            arguments_at,
+            backward,
+            masses=window.masses(self.samples),
+            divisor=count,
+            no_sync=partial(self._no_sync, model),
+        )
         self._loss_metrics[True].add(metrics)
         # The other microbatches have returned zero, and Trainer takes the mean.
         return count * value + (held[0] - held[0].detach())

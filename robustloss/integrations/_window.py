@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustloss._gather import Processes
 from robustloss._random import RandomState
-from robustloss.global_batch import NonFiniteError, weighted_sum
+from robustloss.global_batch import NonFiniteError
 
 
 class Window:
@@ -45,12 +45,6 @@ def mass_of(arguments: dict[str, Tensor]) -> float:
     if weights is not None:
         return float(weights.sum())
     return float(len(next(value for name, value in arguments.items() if name.startswith("policy_"))))
-
-
-def zero_of(arguments: dict[str, Tensor]) -> Tensor:
-    """With the graph, for a backward that other processes wait in."""
-    policy = {name: value for name, value in arguments.items() if name.startswith("policy_")}
-    return weighted_sum(policy, {name: torch.zeros_like(value) for name, value in policy.items()})
 
 
 def wrong_mass(trainer: Any, expected: float, arguments: dict[str, Tensor]) -> ValueError | None:

@@ -19,7 +19,9 @@ from robustloss.losses import LOSSES
 
 for needed in ("furo", "myst_parser", "sphinx_copybutton", "trl", "transformers"):  # the last two by their versions
     if find_spec(needed) is None:
-        pytest.skip(f"the site needs {needed}: pip install 'robustloss[docs,train,trl]'", allow_module_level=True)
+        pytest.skip(
+            f"the site needs {needed}: pip install --no-build-isolation '.[docs,train,trl]'", allow_module_level=True
+        )
 
 ROOT = Path(__file__).parents[2]
 

@@ -179,7 +179,7 @@ def captured_equals_eager(function, inputs, others):
 @pytest.mark.parametrize("size", [6, 20_000], ids=["", "large"])
 def test_a_loss_is_captured_and_replayed(loss, size):
     if size > 6 and getattr(loss, "sort", "hard") == "sinkhorn":
-        pytest.skip("O(n^2)")
+        pytest.skip("a Sinkhorn sort of 20,000 takes n^2 work")
     policy, refs, options = arguments(loss, size, "cuda")
 
     class Captured(torch.nn.Module):
