@@ -26,7 +26,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Every property on many new cases, and how many there were.
+# What takes minutes: every property on many new cases, every kernel compiled for every GPU.
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
 

@@ -4,8 +4,8 @@ Compiles each kernel, dtype and variant that is used for sm_80, sm_90, sm_100 an
 registers of a thread, bytes of spilled or other local memory of a thread, bytes of shared memory of a program, and the
 widest load and store of global memory in bytes. Each offence is a line on stderr, and any makes the exit status 1:
 local memory, more shared memory than the target has, or a row kernel that does not read (and, if it writes rows, write)
-16 bytes at a time. `--json FILE` writes the rows of the table as well. A new kernel is a new entry in
-bench/compile_cases.py.
+16 bytes at a time. `--target sm_90` compiles for that one alone, `--json FILE` writes the rows of the table as well. A
+new kernel is a new entry in bench/compile_cases.py.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def report() -> list[Row]:
-    numbers = [(index, name) for name, target in TARGETS.items() for index, _ in enumerate(cases(target.warp_size))]
+def report(targets: Iterable[str]) -> list[Row]:
+    numbers = [(index, name) for name in targets for index, _ in enumerate(cases(TARGETS[name].warp_size))]
     numbers.sort(key=lambda number: number[0])
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as processes:
         return list(processes.map(compile_case, *zip(*numbers, strict=True)))
@@ -141,11 +141,14 @@ def report() -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description="See the module's docstring.")
+    parser.add_argument(
+        "--target", action="append", choices=TARGETS, help="compile for this one (may be repeated); default: for all"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows of the table here as well")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("under TRITON_INTERPRET nothing is compiled: unset it")
-    rows = report()
+    rows = report(arguments.target or TARGETS)
     print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

@@ -58,6 +58,7 @@ def directional_step(
     divisor: float = 1.0,
     group: dist.ProcessGroup | None = None,
     no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The gradient of a directional `WDPOLoss` over all microbatches of all processes, one first-order pass at a time.
 
@@ -79,13 +80,16 @@ def directional_step(
         divisor: what backward_fn divides by besides the mean over processes, such as gradient accumulation steps.
         group: the processes whose gradients are averaged; None: torch.distributed's default group where there is one.
         no_sync: as for `GlobalBatch.step`: gradients are exchanged in the last of all passes only.
+        dtype: what the model computes in, which the default step depends on. None: what autocast casts to where this is
+            called under autocast, else the embeddings' dtype; give it where logps_fn itself enters autocast.
 
     Returns:
         The loss over all processes' pairs, its penalty exact, detached; and `WDPOLoss`'s metrics. The same everywhere.
 
     Raises:
-        ValueError: an exact loss; embeddings outside of the graph, or of another number of rows than 2B; masses that
-            are not those of the pairs; numbers of microbatches that differ between processes.
+        ValueError: an exact loss; "one_sided" without a step in half precision; embeddings outside of the graph, or of
+            another number of rows than 2B; masses that are not those of the pairs; numbers of microbatches that differ
+            between processes.
     """
     if loss.differentiates_twice:
         raise ValueError("penalty 'exact' has no directions: call backward on the loss of LossModule.forward")
@@ -104,7 +108,7 @@ def directional_step(
     with ExitStack() as unsynchronized:
         if no_sync is not None:
             unsynchronized.enter_context(no_sync())
-        return _directional_step(loss, microbatches, counted, backward_fn, masses, divisor, group)
+        return _directional_step(loss, microbatches, counted, backward_fn, masses, divisor, group, dtype)
 
 
 def _directional_step(
@@ -115,6 +119,7 @@ def _directional_step(
     masses: Sequence[float] | None,
     divisor: float,
     group: dist.ProcessGroup | None,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     state = RandomState()
     first: Any = logps_fn(microbatches[0], None)
@@ -148,7 +153,7 @@ def _directional_step(
         arguments, embeddings = first
         first = None  # from here on nothing but this round's names keeps the graph alive
         logps = _logps(arguments)
-        directions = _Directions(loss, arguments, logps.detach(), embeddings)
+        directions = _Directions(loss, arguments, logps.detach(), embeddings, dtype)
         if one_sided:
             directions.plan(loss.rho if loss.squared else _rooted(loss.rho, square), stretch)
         cotangents, gradient = _caught(logps), _caught(embeddings)
@@ -183,7 +188,7 @@ def _directional_step(
 
 
 def directional_loss(
-    loss: Any, run: Callable[[Tensor | None], tuple[dict[str, Tensor], Any]]
+    loss: Any, run: Callable[[Tensor | None], tuple[dict[str, Tensor], Any]], dtype: torch.dtype | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One microbatch's loss as one number to call backward on: (loss, metrics).
 
@@ -193,10 +198,11 @@ def directional_loss(
     Args:
         loss: a directional `WDPOLoss`.
         run: offset -> (arguments, embeddings), as `directional_step`'s logps_fn of one microbatch.
+        dtype: as for `directional_step`.
     """
     training, state = torch.is_grad_enabled(), RandomState()
     with torch.enable_grad():
-        logps, directions = _directions_of(loss, run, retain_graph=training)
+        logps, directions = _directions_of(loss, run, retain_graph=training, dtype=dtype)
     if not training:
         return _value_and_metrics(loss, _sums(loss, [directions], None), logps.dtype)
     mass = directions.weights.sum() / 2
@@ -256,14 +262,16 @@ def direction_error(module: Any, batch: dict[str, Tensor]) -> float:
 class _Directions:
     """What the pass at z tells of a microbatch's sequences (2B, chosen first), and the passes that follow from it."""
 
-    def __init__(self, loss: Any, arguments: dict[str, Tensor], logps: Tensor, embeddings: Tensor) -> None:
+    def __init__(
+        self, loss: Any, arguments: dict[str, Tensor], logps: Tensor, embeddings: Tensor, dtype: torch.dtype | None
+    ) -> None:
         if embeddings.ndim != 3 or len(embeddings) != len(logps):
             raise ValueError(
                 f"embeddings must be [{len(logps)}, tokens, hidden] (chosen rows first, then rejected), "
                 f"got {tuple(embeddings.shape)}"
             )
         self.loss = loss
-        self.dtype = embeddings.dtype
+        self.dtype = _computing_dtype(embeddings) if dtype is None else dtype
         self.step = loss.relative_step(self.dtype)
         self.logps = logps
         self.weights = _weights(arguments).to(logps.dtype).repeat(2)
@@ -346,11 +354,13 @@ class _Directions:
         return self.gradient.to(self.logps.dtype) * (self.lengths * self.inverse).view(-1, 1, 1)
 
 
-def _directions_of(loss: Any, run: Any, *, retain_graph: bool) -> tuple[Tensor, _Directions]:
+def _directions_of(
+    loss: Any, run: Any, *, retain_graph: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, _Directions]:
     """The log-probabilities at z with their graph, and the directions, of one microbatch in a graph of its own."""
     arguments, embeddings = run(None)
     logps = _logps(arguments)
-    directions = _Directions(loss, arguments, logps.detach(), embeddings)
+    directions = _Directions(loss, arguments, logps.detach(), embeddings, dtype)
     ones = torch.ones_like(logps)
     # grad_outputs and not logps.sum(), which would have no graph of its own under torch.no_grad.
     (gradient,) = torch.autograd.grad(logps, embeddings, ones, retain_graph=retain_graph, allow_unused=True)
@@ -438,6 +448,13 @@ def _value_and_metrics(loss: Any, sums: dict[str, Tensor], dtype: torch.dtype) -
     if skipped is not None:
         metrics["penalty/skipped"] = skipped
     return value.to(dtype), {name: metric.to(dtype) for name, metric in metrics.items()}
+
+
+def _computing_dtype(embeddings: Tensor) -> torch.dtype:
+    device = embeddings.device.type
+    if embeddings.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return embeddings.dtype
 
 
 def _logps(arguments: dict[str, Tensor]) -> Tensor:  # [2B], chosen rows first

@@ -132,6 +132,59 @@ def test_the_penaltys_gradient_is_within_its_bar(name, dtype, penalty, bar):
     assert penalty_error(name, dtype, penalty) < bar
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("precision", "penalty", "bar"),
+    [
+        ("float32", "central", 0.01),
+        ("float32", "one_sided", 0.01),
+        ("bfloat16", "central", 0.05),
+        ("autocast", "central", 0.05),
+    ],
+)
+def test_the_losss_gradient_is_within_its_bar_where_half_of_it_is_the_penaltys(name, precision, penalty, bar):
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    model, precise = MODELS[name]().to(dtype), MODELS[name]().to(dtype).double()
+    batch = make_batch(precise)
+    precise.set_attn_implementation("eager")
+    plain = exact_gradient(precise, [batch], rho=0.0)[0]
+    rho = float(plain.norm() / (exact_gradient(precise, [batch], rho=1.0)[0] - plain).norm())
+    expected = exact_gradient(precise, [batch], rho=rho)[0]
+    module = LossModule(model, WDPOLoss(BETA, rho, penalty=penalty))
+
+    def arguments(item, offset):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            return arguments_at(module, item, offset)
+
+    options = {"dtype": torch.bfloat16} if precision == "autocast" else {}
+    for _ in range(2 if penalty == "one_sided" else 1):  # its first step learns what to expect
+        model.zero_grad()
+        directional_step(module.loss, [batch], arguments, Tensor.backward, **options)
+    assert error(gradients(model), expected) < bar
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_one_sided_difference_in_half_precision_wants_a_step(autocast):
+    model = MODELS["llama"]().to(torch.float32 if autocast else torch.bfloat16)
+    batch = make_batch(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises(ValueError, match=r"'one_sided' has no good step in bfloat16, .* choose penalty 'central'"):
+            gradient_of_step(LossModule(model, WDPOLoss(penalty="one_sided")), [batch])
+        given = LossModule(model, WDPOLoss(penalty="one_sided", step=0.01))
+        assert gradient_of_step(given, [batch])[0].isfinite().all()
+
+
+def test_under_autocast_the_first_step_measures_how_far_to_go():
+    model = MODELS["llama"]()
+    module = LossModule(model, WDPOLoss(BETA, RHO))
+    batch = make_batch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module(batch)
+    loss.backward()
+    assert 0.005 <= float(module.loss.measured_step) <= 0.1
+
+
 WEIGHTED = torch.tensor([[1.0, 0.0, 2.0, 0.5], [0.3, 1.0, 1.0, 1.0], [2.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
 
 

@@ -46,23 +46,20 @@ class PenaltyPasses:
             raise ValueError(
                 "torch_compile=True leaves out the hook that gives WDPOLoss the input embeddings: set it to False"
             )
-        if self.loss.differentiates_twice or self.loss.step is not None:
-            return
-        precision = self.accelerator.mixed_precision
-        autocast = precision in ("bf16", "fp16") and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        if autocast and self.model.get_input_embeddings().weight.dtype == torch.float32:
-            raise ValueError(
-                f"{precision}=True rounds what float32 embeddings are moved by, which WDPOLoss's default step does not "
-                "know: give WDPOLoss(step=0.02), load the model in bfloat16 (for which the step is measured), or set "
-                f"{precision}=False"
-            )
+        # Accelerate enters autocast inside the model's forward, and another trainer changes what is read here.
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        self._computing_dtype = autocast or self.model.get_input_embeddings().weight.dtype
+        if not self.loss.differentiates_twice:
+            self.loss.relative_step(self._computing_dtype)  # refuses what has none
 
     def _penalized_loss(self, model: Any, inputs: Any, window: Window, index: int) -> Tensor:
         if self.loss.differentiates_twice:
             return self._exact_loss(model, inputs, window, index)
         if self._turn is None:  # by hand, outside of any step: the graphs of all its passes live together
             inputs = self._inputs_of(model, inputs, window, index)
-            value, metrics = directional_loss(self.loss, partial(self._arguments_at, model, inputs))
+            value, metrics = directional_loss(
+                self.loss, partial(self._arguments_at, model, inputs), self._computing_dtype
+            )
             self._loss_metrics[True].add(metrics)
             self.observe(model, inputs)
             return value
@@ -101,6 +98,7 @@ class PenaltyPasses:
             masses=window.masses(self.samples),
             divisor=count,
             no_sync=partial(self._no_sync, model),
+            dtype=self._computing_dtype,
         )
         self._loss_metrics[True].add(metrics)
         # The other microbatches have returned zero, and Trainer takes the mean.
@@ -151,7 +149,7 @@ class PenaltyPasses:
 
     def _penalized_evaluation(self, model: Any, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.loss.differentiates_twice:
-            return directional_loss(self.loss, partial(self._arguments_at, model, inputs))
+            return directional_loss(self.loss, partial(self._arguments_at, model, inputs), self._computing_dtype)
         with torch.enable_grad():
             arguments, embeddings = self._arguments_at(model, inputs)
             return self.loss(**arguments, embeddings=embeddings, return_metrics=True)

@@ -41,9 +41,9 @@ class WDPOLoss(StatefulLoss, DPOLoss):
         squared: the mean of squared norms, or its root.
         penalty: "central", "one_sided" or "exact".
         step: how far a difference moves the embedding that it moves most, as a fraction of that embedding's norm, > 0;
-            None: 1e-3 (central) or 1e-4 (one-sided), and with embeddings in half precision what the first step measures
-            of the model's curvature by two forwards more (`measured_step`, a buffer; 0 before). Under autocast,
-            whose embeddings are float32 and whose model is not, give it: 0.02 or so.
+            None: 1e-3 (central) or 1e-4 (one-sided); in half precision and under autocast what the first step measures
+            of the model's curvature by two forwards more (`measured_step`, a buffer; 0 before), of "central" only:
+            "one_sided" is then too inaccurate at any step, and needs one to be given.
         link, label_smoothing: as `DPOLoss`.
         reduction: "mean"; "none" is refused: the penalty is reported and trained as one number.
 
@@ -100,7 +100,7 @@ class WDPOLoss(StatefulLoss, DPOLoss):
         self.step: float | None = None if step is None else check_number("step", step, above=0)
         if step is not None and penalty == "exact":
             raise ValueError("step is the length of a difference, which penalty='exact' has none of")
-        if self.step is None and penalty != "exact":
+        if self.step is None and penalty == "central":
             self.register_buffer("measured_step", torch.zeros((), dtype=torch.float64))
         if penalty == "one_sided":
             self.register_buffer("stretch", torch.zeros((), dtype=torch.float64))
@@ -116,16 +116,24 @@ class WDPOLoss(StatefulLoss, DPOLoss):
         return {"central": 3, "one_sided": 2, "exact": 1}[self.penalty]
 
     def relative_step(self, dtype: torch.dtype) -> float:
-        """`step`, or the default one for embeddings of `dtype`."""
+        """`step`, or the default one for a model that computes in `dtype`.
+
+        Raises:
+            ValueError: "one_sided" in half precision, which has no good one.
+        """
         if self.step is not None:
             return self.step
         if dtype not in HALF:
             return STEPS[self.penalty]
-        # An error of first order wants a shorter step.
-        return (float(self.measured_step) or 0.02) * (1.0 if self.penalty == "central" else 0.5)
+        if self.penalty == "one_sided":
+            raise ValueError(
+                f"WDPO's penalty 'one_sided' has no good step in {str(dtype).removeprefix('torch.')}, where its "
+                "gradient would be off by 5% to 26%: choose penalty 'central', or float32, or give a step"
+            )
+        return float(self.measured_step) or 0.02
 
     def measures_step(self, dtype: torch.dtype) -> bool:
-        """Whether the step for embeddings of `dtype` is still to be measured."""
+        """Whether the step for a model that computes in `dtype` is still to be measured."""
         return self.step is None and dtype in HALF and float(self.measured_step) == 0
 
     def remember(self, stretch: Tensor, mean_square: Tensor) -> None:

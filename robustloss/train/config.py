@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from robustloss._files import replace_file
-from robustloss.losses import LOSSES, PreferenceLoss
+from robustloss.losses import LOSSES, PreferenceLoss, WDPOLoss
 from robustloss.losses.catalogue import option_names
 from robustloss.losses.catalogue import options as loss_options
 from robustloss.train.data import TRUNCATIONS
@@ -304,6 +305,8 @@ def check_config(config: RunConfig) -> None:
             )
         if _differentiates_twice(config):
             _check_double_backward(config)
+        if isinstance(loss, WDPOLoss) and not loss.differentiates_twice and config.precision == "bf16":
+            loss.relative_step(torch.bfloat16)  # refuses what has none
 
 
 def _check_reference(config: RunConfig) -> None:

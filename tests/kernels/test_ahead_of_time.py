@@ -18,13 +18,26 @@ import robustloss.kernels
 ROOT = Path(__file__).parents[2]
 
 
+# All of them take minutes.
+TARGETS = [
+    pytest.param(("sm_90",), id="sm_90"),
+    pytest.param(("sm_80", "sm_90", "sm_100", "gfx942"), id="all", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def targets(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def compiled(request, tmp_path_factory):
+def compiled(request, targets, tmp_path_factory):
     """The process that wrote the report, and the report; a process of its own, where nothing is interpreted."""
     report = tmp_path_factory.mktemp("compile_report") / "report.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(request.config.cache.mkdir("triton"))  # compiles only what has changed
     command = [sys.executable, "-m", "bench.compile_report", "--json", str(report)]
+    command += [f"--target={target}" for target in targets]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert report.exists(), process.stderr
     return process, json.loads(report.read_text())
@@ -36,7 +49,7 @@ def compile_report(monkeypatch):
     return import_module("bench.compile_report")
 
 
-def test_every_kernel_is_compiled_for_every_target(compiled):
+def test_every_kernel_is_compiled_for_every_target(compiled, targets):
     modules = [module.name for module in pkgutil.iter_modules(robustloss.kernels.__path__)]
     kernels = {
         name
@@ -44,7 +57,6 @@ def test_every_kernel_is_compiled_for_every_target(compiled):
         for name in vars(import_module(f"robustloss.kernels.{module}"))
         if name.endswith("_kernel")
     }
-    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
     assert {(row["kernel"], row["target"]) for row in compiled[1]} == {
         (kernel, target) for kernel in kernels for target in targets
     }
@@ -81,7 +93,7 @@ def test_an_offence_is_told_and_makes_the_exit_status_one(
     compile_report, monkeypatch, capsys, kernel, change, complaint
 ):
     row = compile_report.Row(kernel=kernel, variant="made up", target="gfx942", **FINE)
-    monkeypatch.setattr(compile_report, "report", lambda: [row, replace(row, **change)])
+    monkeypatch.setattr(compile_report, "report", lambda targets: [row, replace(row, **change)])
     monkeypatch.setattr(sys, "argv", ["compile_report"])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert compile_report.main() == 1

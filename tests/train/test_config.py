@@ -96,6 +96,14 @@ def test_a_mistake_is_one_line_that_names_the_key(override, message):
     assert f"{message}.0" not in str(error.value)  # an integer is told as one
 
 
+def test_a_one_sided_difference_in_bfloat16_wants_a_step():
+    overrides = ["loss.name=wdpo", "loss.penalty=one_sided", "precision=bf16"]
+    with pytest.raises(InputError, match=r"^WDPO's penalty 'one_sided' has no good step in bfloat16"):
+        load_config(None, overrides, base=COMPLETE)
+    assert load_config(None, [*overrides, "loss.step=0.01"], base=COMPLETE).loss["step"] == 0.01
+    assert load_config(None, [*overrides, "precision=fp32"], base=COMPLETE).precision == "fp32"
+
+
 def test_what_keys_are_called_elsewhere_are_no_keys_here_and_lead_to_such():
     keys = {*config_keys(), "loss.name"}
     assert not ALIASES.keys() & {key.rpartition(".")[2] for key in keys}
