@@ -93,6 +93,8 @@ class Suite:
     # Calls of microseconds: on a GPU, too, timed from outside with Python included, and its launches counted; the
     # memory of these is not measured.
     small_calls = False
+    # Of measuring a case on a CPU: an optimizer step takes long, and wanders by a tenth from call to call.
+    seconds = 1.5
 
     def dtypes(self, on_gpu: bool) -> tuple[str, ...]:
         raise NotImplementedError

@@ -81,7 +81,7 @@ def contest(request) -> Iterator[Callable[[Case], None]]:
             if DEVICE.type == "cuda" and not case.suite.small_calls:
                 timing = timing_on_gpu(problem)
             else:
-                timing = timing_of_calls(problem, request.getfixturevalue("benchmark"), DEVICE)
+                timing = timing_of_calls(problem, request.getfixturevalue("benchmark"), DEVICE, case.suite.seconds)
             memory = memory_on_gpu(case, problem) if DEVICE.type == "cuda" else memory_on_cpu(case)
             launched = launches(case, problem, DEVICE)
         except MemoryUnknown as error:

@@ -28,7 +28,6 @@ from . import results
 from .cases import BACKWARD, Case, Problem
 from .results import Result
 
-SECONDS = 1.5  # of measuring per case, but
 MOST_ROUNDS = 9  # of one call, and
 MOST_REPEATED_ROUNDS = 25  # of many
 ROUND_SECONDS, WARM_UP_SECONDS = 0.01, 0.05
@@ -114,7 +113,7 @@ def timing_on_gpu(problem: Problem) -> Timing:
     return Timing(statistics.median(times), _interquartile_range(times), len(times))
 
 
-def timing_of_calls(problem: Problem, benchmark: Any, device: torch.device) -> Timing:
+def timing_of_calls(problem: Problem, benchmark: Any, device: torch.device, seconds: float) -> Timing:
     """`benchmark`: pytest-benchmark's fixture. The first calls tell how many make a round, and how many rounds there is
     time for.
     """
@@ -138,7 +137,7 @@ def timing_of_calls(problem: Problem, benchmark: Any, device: torch.device) -> T
     fastest = min(first)
     calls = 1 if refill else max(int(ROUND_SECONDS / fastest), 1)
     most = MOST_ROUNDS if calls == 1 else MOST_REPEATED_ROUNDS
-    rounds = min(max(int(SECONDS / (calls * fastest)), 1 if fastest > SLOW_SECONDS else 2), most)
+    rounds = min(max(int(seconds / (calls * fastest)), 1 if fastest > SLOW_SECONDS else 2), most)
     fast = rounds == most
     # The first calls of a fast one pay for memory that the machine has never touched; of a slow one each call counts.
     benchmark.pedantic(run, setup=refill, iterations=calls, rounds=rounds, warmup_rounds=2 if fast else 0)

@@ -199,7 +199,7 @@ class Clock:
 def timed(monkeypatch, seconds, refilled=False):
     clock = Clock(seconds)
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    timing = timing_of_calls(Problem(clock.run, [], clock.refill if refilled else None), clock, CPU)
+    timing = timing_of_calls(Problem(clock.run, [], clock.refill if refilled else None), clock, CPU, 1.5)
     assert timing.ms == pytest.approx(1e3 * seconds)
     return clock
 
