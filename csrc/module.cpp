@@ -2,29 +2,16 @@
 // (TORCH_LIBRARY_IMPL) of the other files do the rest. Its two strings are what `robustloss doctor` tells:
 // the torch that this was built against, and which of the instruction sets the kernels take on this
 // processor.
-#include <ATen/Version.h>
 #include <Python.h>
 #include <torch/version.h>
 
-#include <string>
-
-namespace {
-
-std::string instruction_set() {
-#ifdef __x86_64__
-    const std::string capability = at::get_cpu_capability();  // as the kernels choose
-    if (capability == "AVX512" || capability == "AVX2") return capability;
-#endif
-    return "DEFAULT";
-}
-
-}  // namespace
+#include "instruction_set.h"
 
 PyMODINIT_FUNC PyInit__C() {
     static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr};
     PyObject* module = PyModule_Create(&definition);
     if (module == nullptr || PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) < 0 ||
-        PyModule_AddStringConstant(module, "instruction_set", instruction_set().c_str()) < 0) {
+        PyModule_AddStringConstant(module, "instruction_set", robustloss::instruction_set().c_str()) < 0) {
         Py_XDECREF(module);
         return nullptr;
     }

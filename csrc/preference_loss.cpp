@@ -4,7 +4,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
@@ -15,11 +14,11 @@
 #include <cmath>
 #include <numeric>
 #include <sstream>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "instruction_set.h"
 #include "preference_loss_kernel.h"
 
 namespace robustloss {
@@ -34,14 +33,7 @@ constexpr int kFew = 256;
 
 /// The kernels of the best instruction set that this processor has.
 const PreferenceKernels& kernels() {
-    static const PreferenceKernels& best = []() -> const PreferenceKernels& {
-#ifdef __x86_64__
-        const std::string capability = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
-        if (capability == "AVX512") return AVX512::preference_kernels;
-        if (capability == "AVX2") return AVX2::preference_kernels;
-#endif
-        return DEFAULT::preference_kernels;
-    }();
+    static const PreferenceKernels& best = ROBUSTLOSS_BEST(preference_kernels);
     return best;
 }
 

@@ -1,21 +1,15 @@
 // What the ops on rows of logits share.
 #include "rows.h"
 
-#include <ATen/Version.h>
-
 #include <algorithm>
-#include <string>
+
+#include "instruction_set.h"
 
 namespace robustloss {
 
 template <typename scalar_t>
 RowKernels<scalar_t> row_kernels(bool capped) {
-#ifdef __x86_64__
-    static const std::string capability = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
-    if (capability == "AVX512") return AVX512::row_kernels<scalar_t>(capped);
-    if (capability == "AVX2") return AVX2::row_kernels<scalar_t>(capped);
-#endif
-    return DEFAULT::row_kernels<scalar_t>(capped);
+    return ROBUSTLOSS_BEST(row_kernels<scalar_t>(capped));
 }
 
 template RowKernels<double> row_kernels(bool);

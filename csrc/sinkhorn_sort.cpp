@@ -5,7 +5,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -15,9 +14,10 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <string>
 #include <tuple>
 #include <vector>
+
+#include "instruction_set.h"
 
 namespace robustloss {
 namespace {
@@ -33,15 +33,6 @@ constexpr double kLeastConductance = 1e-13;
 // The steps of Newton's method need few digits, which two or three gradients give.
 constexpr double kNewtonReduction = 0.1;
 constexpr int kMostNewtonGradients = 20, kMostAdjointGradients = 50;
-
-PlanKernels best_plan_kernels() {
-#ifdef __x86_64__
-    static const std::string capability = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
-    if (capability == "AVX512") return AVX512::plan_kernels();
-    if (capability == "AVX2") return AVX2::plan_kernels();
-#endif
-    return DEFAULT::plan_kernels();
-}
 
 double dot(const Vector& a, const Vector& b) {
     return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
@@ -68,7 +59,7 @@ class Transport {
           g(n),
           share(n),
           barycentre(n) {
-        const PlanKernels kernels = best_plan_kernels();
+        const PlanKernels kernels = ROBUSTLOSS_BEST(plan_kernels());
         sum_line_ = in_double ? kernels.with_double_exponentials : kernels.with_float_exponentials;
         const double origin = z[0];
         for (double& value : z) value -= origin;  // exactly 0 in a constant row

@@ -153,7 +153,10 @@ def _directional_step(
         arguments, embeddings = first
         first = None  # from here on nothing but this round's names keeps the graph alive
         logps = _logps(arguments)
-        directions = _Directions(loss, arguments, logps.detach(), embeddings, dtype)
+        if index == 0:
+            dtype = _computing_dtype(embeddings) if dtype is None else dtype
+            step = loss.relative_step(dtype)
+        directions = _Directions(loss, arguments, logps.detach(), embeddings, step)
         if one_sided:
             directions.plan(loss.rho if loss.squared else _rooted(loss.rho, square), stretch)
         cotangents, gradient = _caught(logps), _caught(embeddings)
@@ -162,9 +165,8 @@ def _directional_step(
             raise ValueError(OUTSIDE)
         # What has arrived at the log-probabilities, and not what was sent: a framework may scale a loss.
         directions.measure(gradient.pop(), cotangents.pop(), embeddings.detach())
-        if index == 0 and loss.measures_step(directions.dtype):
-            loss.measured_step.fill_(_measure_step(directions, partial(logps_fn, microbatch), state, group))
-            directions.step = loss.relative_step(directions.dtype)
+        if index == 0 and loss.measures_step(dtype):
+            step = _measure_step(directions, dtype, partial(logps_fn, microbatch), state, group)
         del arguments, embeddings, logps
         if one_sided and not stretch:
             stretch, square = directions.expectations()
@@ -202,7 +204,7 @@ def directional_loss(
     """
     training, state = torch.is_grad_enabled(), RandomState()
     with torch.enable_grad():
-        logps, directions = _directions_of(loss, run, retain_graph=training, dtype=dtype)
+        logps, directions = _directions_of(loss, run, state, retain_graph=training, dtype=dtype)
     if not training:
         return _value_and_metrics(loss, _sums(loss, [directions], None), logps.dtype)
     mass = directions.weights.sum() / 2
@@ -240,7 +242,7 @@ def direction_error(module: Any, batch: dict[str, Tensor]) -> float:
 
     with torch.enable_grad():
         state = RandomState()
-        logps, directions = _directions_of(loss, run, retain_graph=True)
+        logps, directions = _directions_of(loss, run, state, retain_graph=True)
         mass = float(directions.weights.sum()) / 2
         factor = 1.0 if loss.squared else _rooted(1.0, float(directions.squares().sum()) / mass)
         ours = gradient_of(_penalty_surrogate(directions, logps, run, factor, state) / mass)
@@ -263,7 +265,7 @@ class _Directions:
     """What the pass at z tells of a microbatch's sequences (2B, chosen first), and the passes that follow from it."""
 
     def __init__(
-        self, loss: Any, arguments: dict[str, Tensor], logps: Tensor, embeddings: Tensor, dtype: torch.dtype | None
+        self, loss: Any, arguments: dict[str, Tensor], logps: Tensor, embeddings: Tensor, step: float
     ) -> None:
         if embeddings.ndim != 3 or len(embeddings) != len(logps):
             raise ValueError(
@@ -271,8 +273,7 @@ class _Directions:
                 f"got {tuple(embeddings.shape)}"
             )
         self.loss = loss
-        self.dtype = _computing_dtype(embeddings) if dtype is None else dtype
-        self.step = loss.relative_step(self.dtype)
+        self.step = step  # relative; settled before `passes`
         self.logps = logps
         self.weights = _weights(arguments).to(logps.dtype).repeat(2)
         with torch.enable_grad():
@@ -355,28 +356,27 @@ class _Directions:
 
 
 def _directions_of(
-    loss: Any, run: Any, *, retain_graph: bool, dtype: torch.dtype | None = None
+    loss: Any, run: Any, state: RandomState, *, retain_graph: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, _Directions]:
     """The log-probabilities at z with their graph, and the directions, of one microbatch in a graph of its own."""
     arguments, embeddings = run(None)
     logps = _logps(arguments)
-    directions = _Directions(loss, arguments, logps.detach(), embeddings, dtype)
+    dtype = _computing_dtype(embeddings) if dtype is None else dtype
+    directions = _Directions(loss, arguments, logps.detach(), embeddings, loss.relative_step(dtype))
     ones = torch.ones_like(logps)
     # grad_outputs and not logps.sum(), which would have no graph of its own under torch.no_grad.
     (gradient,) = torch.autograd.grad(logps, embeddings, ones, retain_graph=retain_graph, allow_unused=True)
     if gradient is None:
         raise ValueError(OUTSIDE)
     directions.measure(gradient, ones, embeddings.detach())
+    if retain_graph and loss.measures_step(dtype):
+        _measure_step(directions, dtype, run, state, None)
     return logps, directions
 
 
 def _penalty_surrogate(directions: _Directions, logps: Tensor, run: Any, rho: float, state: RandomState) -> Tensor:
     """A sum of log-probabilities whose gradient is that of the penalty, times the sum of weights."""
     surrogate = torch.zeros_like(logps.sum())
-    dtype = directions.dtype
-    if directions.loss.measures_step(dtype):
-        directions.loss.measured_step.fill_(_measure_step(directions, run, state, None))
-        directions.step = directions.loss.relative_step(dtype)
     if directions.loss.penalty == "one_sided":
         squares = directions.weights * directions.slopes.square()
         directions.planned = 2 * rho * squares * directions.stretch / directions.step
@@ -387,8 +387,10 @@ def _penalty_surrogate(directions: _Directions, logps: Tensor, run: Any, rho: fl
     return surrogate
 
 
-def _measure_step(directions: _Directions, run: Any, state: RandomState, group: dist.ProcessGroup | None) -> float:
-    """The relative step at which the log-probabilities' central difference quotients are off by AIM; 0: not known yet.
+def _measure_step(
+    directions: _Directions, dtype: torch.dtype, run: Any, state: RandomState, group: dist.ProcessGroup | None
+) -> float:
+    """Remember, take and return the step at which the log-probabilities' central difference quotients are off by AIM.
 
     It is read off a step so long that rounding is nothing beside it; the error is of second order in the step.
     """
@@ -401,10 +403,11 @@ def _measure_step(directions: _Directions, run: Any, state: RandomState, group: 
             offset.neg_()
     missed, known = _sum_over(group, torch.stack([directions.slope_error(), directions.squares().sum()])).tolist()
     directions.seen.clear()
-    if not (known > 0 and missed < float("inf")):
-        return 0.0  # nothing to measure here: another step will
-    step = LONG_STEP * (AIM * known / missed) ** 0.5 if missed > 0 else LONG_STEP
-    return min(max(step, SHORT_STEP), LONG_STEP)
+    if known > 0 and missed < float("inf"):  # else there is nothing to measure here: another step will
+        step = LONG_STEP * (AIM * known / missed) ** 0.5 if missed > 0 else LONG_STEP
+        directions.loss.measured_step.fill_(min(max(step, SHORT_STEP), LONG_STEP))
+    directions.step = directions.loss.relative_step(dtype)
+    return directions.step
 
 
 def _sums(loss: Any, every: Sequence[_Directions], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
