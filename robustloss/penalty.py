@@ -264,9 +264,7 @@ def direction_error(module: Any, batch: dict[str, Tensor]) -> float:
 class _Directions:
     """What the pass at z tells of a microbatch's sequences (2B, chosen first), and the passes that follow from it."""
 
-    def __init__(
-        self, loss: Any, arguments: dict[str, Tensor], logps: Tensor, embeddings: Tensor, step: float
-    ) -> None:
+    def __init__(self, loss: Any, arguments: dict[str, Tensor], logps: Tensor, embeddings: Tensor, step: float) -> None:
         if embeddings.ndim != 3 or len(embeddings) != len(logps):
             raise ValueError(
                 f"embeddings must be [{len(logps)}, tokens, hidden] (chosen rows first, then rejected), "
