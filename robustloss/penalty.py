@@ -134,6 +134,8 @@ def _directional_step(
     rows = processes.agree(len(microbatches), [float(sum(masses))], problem, first[1].device)
     mass = sum(row[0] for row in rows)
     scale = divisor * (1 if group is None else group.size()) / mass if mass else 0.0
+    dtype = _computing_dtype(first[1]) if dtype is None else dtype
+    step = loss.relative_step(dtype)
     one_sided = loss.penalty == "one_sided"
     stretch, square = (float(loss.stretch), float(loss.mean_square)) if one_sided else (0.0, 0.0)
 
@@ -153,9 +155,6 @@ def _directional_step(
         arguments, embeddings = first
         first = None  # from here on nothing but this round's names keeps the graph alive
         logps = _logps(arguments)
-        if index == 0:
-            dtype = _computing_dtype(embeddings) if dtype is None else dtype
-            step = loss.relative_step(dtype)
         directions = _Directions(loss, arguments, logps.detach(), embeddings, step)
         if one_sided:
             directions.plan(loss.rho if loss.squared else _rooted(loss.rho, square), stretch)
