@@ -74,6 +74,11 @@ class Case:
         return self.peer.startswith(OURS)
 
     @property
+    def is_held_against_ours(self) -> bool:
+        """Round by round; see `Suite.in_turn`."""
+        return self.suite.in_turn and self.peer != OURS
+
+    @property
     def contestant(self) -> Peer:
         return self.suite.peers[self.peer]
 
@@ -95,6 +100,9 @@ class Suite:
     small_calls = False
     # Of measuring a case on a CPU: an optimizer step takes long, and wanders by a tenth from call to call.
     seconds = 1.5
+    # Whether robustloss has its rounds between those of each other contestant, and so the same of what a machine that
+    # is shared with others does; there is no refilling then.
+    in_turn = False
 
     def dtypes(self, on_gpu: bool) -> tuple[str, ...]:
         raise NotImplementedError

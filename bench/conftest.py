@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from .measure import (
     timing_on_gpu,
 )
 from .report import tables
-from .results import Result
+from .results import OURS, Result
 from .suites import SUITES
 
 MEASURED = pytest.StashKey[dict[tuple, Result]]()
@@ -81,7 +82,10 @@ def contest(request) -> Iterator[Callable[[Case], None]]:
             if DEVICE.type == "cuda" and not case.suite.small_calls:
                 timing = timing_on_gpu(problem)
             else:
-                timing = timing_of_calls(problem, request.getfixturevalue("benchmark"), DEVICE, case.suite.seconds)
+                ours = case.suite.build(replace(case, peer=OURS), DEVICE) if case.is_held_against_ours else None
+                benchmark = request.getfixturevalue("benchmark")
+                timing = timing_of_calls(problem, benchmark, DEVICE, case.suite.seconds, ours)
+                del ours
             memory = memory_on_gpu(case, problem) if DEVICE.type == "cuda" else memory_on_cpu(case)
             launched = launches(case, problem, DEVICE)
         except MemoryUnknown as error:

@@ -132,6 +132,7 @@ class CoupledLosses(Suite):
         f"torch.compile({EAGER})": Peer(lambda: lambda loss: compiled(loss.eager), compiled=True),
     }
     small_calls = True
+    in_turn = True
 
     def dtypes(self, on_gpu: bool) -> tuple[str, ...]:
         return ("float32",)

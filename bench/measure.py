@@ -42,6 +42,7 @@ class Timing:
     ms: float
     ms_spread: float
     rounds: int
+    ours_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def result_of(
         ms=timing and timing.ms,
         ms_spread=timing and timing.ms_spread,
         rounds=timing and timing.rounds,
+        ours_ms=timing and timing.ours_ms,
         peak_bytes=memory and memory.peak_bytes,
         gradient_bytes=memory and memory.gradient_bytes,
         rate=rate,
@@ -113,36 +115,60 @@ def timing_on_gpu(problem: Problem) -> Timing:
     return Timing(statistics.median(times), _interquartile_range(times), len(times))
 
 
-def timing_of_calls(problem: Problem, benchmark: Any, device: torch.device, seconds: float) -> Timing:
-    """`benchmark`: pytest-benchmark's fixture. The first calls tell how many make a round, and how many rounds there is
-    time for.
-    """
-    refill = problem.refill
+class _Calls:
+    """A problem's first calls, which tell how many make a round, and a round of them."""
 
-    def run() -> None:
-        problem.run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    def __init__(self, problem: Problem, device: torch.device):
+        self.problem, self.device, self.number = problem, device, 1
+        if problem.refill:
+            problem.refill()
+        self.first = [self.time_round()]
+        while not problem.refill and sum(self.first) < WARM_UP_SECONDS:
+            self.first.append(self.time_round())
+        self.fastest = min(self.first)
+        if not problem.refill:
+            self.number = max(int(ROUND_SECONDS / self.fastest), 1)
 
-    def time_once() -> float:
+    def run(self) -> None:
+        for _ in range(self.number):
+            self.problem.run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+
+    def time_round(self) -> float:
         start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
+        self.run()
+        return (time.perf_counter() - start) / self.number
 
-    if refill:
-        refill()
-    first = [time_once()]
-    while not refill and sum(first) < WARM_UP_SECONDS:
-        first.append(time_once())
-    fastest = min(first)
-    calls = 1 if refill else max(int(ROUND_SECONDS / fastest), 1)
-    most = MOST_ROUNDS if calls == 1 else MOST_REPEATED_ROUNDS
-    rounds = min(max(int(seconds / (calls * fastest)), 1 if fastest > SLOW_SECONDS else 2), most)
+
+def timing_of_calls(
+    problem: Problem, benchmark: Any, device: torch.device, seconds: float, ours: Problem | None = None
+) -> Timing:
+    """Of as many rounds as there is time for; before each of them comes one of `ours`, if it is given.
+
+    `benchmark`: pytest-benchmark's fixture.
+    """
+    calls = _Calls(problem, device)
+    most = MOST_ROUNDS if calls.number == 1 else MOST_REPEATED_ROUNDS
+    rounds = min(max(int(seconds / (calls.number * calls.fastest)), 1 if calls.fastest > SLOW_SECONDS else 2), most)
     fast = rounds == most
+    setup, in_turn = problem.refill, []
+    if ours is not None:
+        our_calls = _Calls(ours, device)
+
+        def setup() -> None:
+            in_turn.append(1e3 * our_calls.time_round())
+
     # The first calls of a fast one pay for memory that the machine has never touched; of a slow one each call counts.
-    benchmark.pedantic(run, setup=refill, iterations=calls, rounds=rounds, warmup_rounds=2 if fast else 0)
-    times = [1e3 * seconds for seconds in [*benchmark.stats.stats.data, *([] if fast else first)]]
-    return Timing(statistics.median(times), _interquartile_range(times), len(times))
+    benchmark.pedantic(calls.run, setup=setup, iterations=1, rounds=rounds, warmup_rounds=2 if fast else 0)
+    first = [] if fast else calls.first
+    times = [1e3 * seconds for seconds in [*(total / calls.number for total in benchmark.stats.stats.data), *first]]
+    return Timing(
+        statistics.median(times),
+        _interquartile_range(times),
+        len(times),
+        statistics.median(in_turn[-rounds:]) if in_turn else None,
+    )
 
 
 def _interquartile_range(times: list[float]) -> float:

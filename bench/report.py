@@ -57,7 +57,7 @@ def columns(group: list[Result]) -> tuple[list[str], list[list[str]]]:
             _number(result.fraction_of_ceiling, ".0%"),
             _number(extra_mebibytes(result), ".0f"),
             _number(result.launches, "d"),
-            *(f"{result.ms / own.ms:.2f}x" for own in ours),
+            *(f"{result.ratio_to(own):.2f}x" for own in ours),
         ]
         for result in measured
     ]
@@ -112,7 +112,8 @@ def markdown(results: list[Result], pictures: list[Path]) -> str:
     return "\n\n".join(part for part in text if part) + "\n"
 
 
-_EXPLANATION = """Medians and interquartile ranges of one run; ratios above 1x are slower than robustloss. GB/s and
+_EXPLANATION = """Medians and interquartile ranges of one run; ratios above 1x are slower than robustloss, which for
+calls of microseconds and for optimizer steps has its rounds between those of each other contestant. GB/s and
 TFLOP/s count the least work of the pass. "of ceiling" is the fraction of what the machine gave in the same run for a
 plain read or copy, for the regime's matrix products alone, or for torch.sort. "extra MiB" is measured: the peak beyond
 the inputs and the returned gradients. "launches" are the kernels, copies and fills that one call starts on a GPU."""
@@ -182,15 +183,18 @@ def _draw_panels(
 def _draw_panel(axes, panel: list[Result], value: Callable[[Result], float], unit: str) -> None:
     panel = sorted(panel, key=value)
     values = [value(result) for result in panel]
-    own = next((value(result) for result in panel if result.peer == OURS), 0.0)
+    own = next((result for result in panel if result.peer == OURS), None)
     colours = [
         OURS_COLOUR if result.peer.startswith(OURS) else CEILING_COLOUR if result.is_ceiling else PEER_COLOUR
         for result in panel
     ]
     axes.barh([result.peer for result in panel], values, color=colours)
-    for position, amount in enumerate(values):
-        # Next to no memory is no measure of anything.
-        ratio = f"  ({amount / own:.2f}x)" if own > (1 if unit == "MiB" else 0) else ""
+    for position, (result, amount) in enumerate(zip(panel, values, strict=True)):
+        ratio = ""
+        if own is not None and unit == "ms":
+            ratio = f"  ({result.ratio_to(own):.2f}x)"
+        elif own is not None and value(own) > 1:  # next to no memory is no measure of anything
+            ratio = f"  ({amount / value(own):.2f}x)"
         digits = ",.0f" if amount >= 100 or unit == "MiB" else ".3g"
         axes.text(amount, position, f" {amount:{digits}} {unit}{ratio}", va="center", fontsize=8)
     axes.set_title(f"{panel[0].pass_name}, {panel[0].dtype} {sizes(panel[0])}", fontsize=9, loc="left")
@@ -212,11 +216,11 @@ def _draw_sizes(axes, panel: list[Result]) -> None:
     groups = list(grouped(panel).values())
     width = 0.8 / len(peers)
     for position, group in enumerate(groups):
-        own = next((result.ms for result in group if result.peer == OURS), None)
+        own = next((result for result in group if result.peer == OURS), None)
         for index, result in enumerate(group):
             place = position + (index - (len(group) - 1) / 2) * width
             axes.bar(place, result.ms, width, color=colours[result.peer])
-            text = _two_digits(result.ms) if own in (None, result.ms) else f"{_two_digits(result.ms / own)}x"
+            text = _two_digits(result.ms) if own in (None, result) else f"{_two_digits(result.ratio_to(own))}x"
             axes.text(place, result.ms, text, ha="center", va="bottom", fontsize=6)
     axes.set_yscale("log")
     axes.set_ylabel("ms", fontsize=8)

@@ -4,6 +4,7 @@ A line holds
 
     op, peer, shape (sizes by name), dtype, pass
     ms, ms_spread, rounds    median and interquartile range of `rounds` calls, or of means over many fast ones
+    ours_ms                  median of robustloss's rounds between these, by which the ratio goes
     peak_bytes               memory beyond the inputs and the returned gradients, measured (see bench/measure.py)
     gradient_bytes           memory of the returned gradients, which every contestant must deliver
     rate, rate_unit          GB/s or TFLOP/s of the least work that the pass needs (the suite's file says what that is)
@@ -67,6 +68,7 @@ class Result:
     ms: float | None = None
     ms_spread: float | None = None
     rounds: int | None = None
+    ours_ms: float | None = None
     peak_bytes: int | None = None
     gradient_bytes: int | None = None
     rate: float | None = None
@@ -90,6 +92,10 @@ class Result:
     def group(self) -> tuple:
         """What contestants must share to be compared."""
         return tuple(part for index, part in enumerate(self.key) if index != 1)
+
+    def ratio_to(self, own: Result) -> float:
+        """Of the times; above 1 is slower than `own`."""
+        return self.ms / (self.ours_ms if self.ours_ms and own.peer == OURS else own.ms)
 
     @property
     def is_ceiling(self) -> bool:

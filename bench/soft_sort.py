@@ -73,6 +73,7 @@ class SoftSortSuite(Suite):
         "torchsort": Peer(lambda: importlib.import_module("torchsort").soft_sort),
     }
     small_calls = True
+    in_turn = True
 
     def dtypes(self, on_gpu: bool) -> tuple[str, ...]:
         return ("float32",)

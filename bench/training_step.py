@@ -123,6 +123,7 @@ class TrainingStep(Suite):
     gpu_shapes: ClassVar = [{"microbatches": 4, "B": 8, "T": 512}]
     tiny_shape: ClassVar = {"microbatches": 2, "B": 2, "T": 8}
     seconds = 20.0
+    in_turn = True
     # Each loads what it does, by pass.
     peers: ClassVar = {
         OURS: Peer(lambda: {KLDPO: _global_batch, WDPO: _directional("central")}),

@@ -38,6 +38,15 @@ def test_the_table_has_ratios_to_ours_and_who_is_absent():
     assert "- Liger: absent, no GPU" in text
 
 
+def test_a_ratio_goes_by_the_rounds_that_ours_had_in_turn():
+    own = replace(SMALL, ms=0.5)  # measured while the machine did something else
+    eager = replace(SMALL, peer="eager torch", ms=0.2, ours_ms=0.1)
+    assert "| eager torch | 0.2000 | 0.0011 | 1 | 2.00x |" in markdown([own, eager], [])
+    assert "| eager torch | 0.2000 | 0.0011 | 1 | 2.00x | 0.10x |" in markdown(
+        [own, replace(own, peer="robustloss in place", ms=2.0), eager], []
+    )
+
+
 def test_groups_are_tables_of_their_own():
     titles = [title for title, _ in tables([OURS, SLOWER, replace(OURS, dtype="bfloat16")])]
     assert len(titles) == 2

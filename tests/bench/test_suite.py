@@ -187,13 +187,16 @@ class Clock:
         self.refills += 1
 
     def pedantic(self, function, *, setup, iterations, rounds, warmup_rounds):
-        self.iterations, self.rounds = iterations, rounds
+        assert iterations == 1
+        self.rounds, data, before = rounds, [], self.calls
         for _ in range(rounds):
             if setup:
                 setup()
-            for _ in range(iterations):
-                function()
-        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[self.seconds] * rounds))
+            start = self.now
+            function()
+            data.append(self.now - start)
+        self.calls_of_a_round = (self.calls - before) / rounds
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=data))
 
 
 def timed(monkeypatch, seconds, refilled=False):
@@ -207,15 +210,31 @@ def timed(monkeypatch, seconds, refilled=False):
 def test_a_fast_call_is_repeated_within_a_round(monkeypatch):
     seconds = 2.0**-13  # whose sums are exact
     clock = timed(monkeypatch, seconds)
-    assert (clock.iterations, clock.rounds) == (int(measure.ROUND_SECONDS / seconds), measure.MOST_REPEATED_ROUNDS)
+    assert clock.calls_of_a_round == int(measure.ROUND_SECONDS / seconds)
+    assert clock.rounds == measure.MOST_REPEATED_ROUNDS
 
 
 def test_a_call_that_overwrites_its_input_is_refilled_each_time(monkeypatch):
     clock = timed(monkeypatch, 2.0**-13, refilled=True)
-    assert (clock.iterations, clock.rounds) == (1, measure.MOST_ROUNDS)
+    assert (clock.calls_of_a_round, clock.rounds) == (1, measure.MOST_ROUNDS)
     assert clock.refills == clock.calls
 
 
 def test_a_slow_call_is_made_as_often_as_there_is_time(monkeypatch):
     clock = timed(monkeypatch, 0.5)
-    assert (clock.iterations, clock.rounds, clock.calls) == (1, 3, 4)
+    assert (clock.calls_of_a_round, clock.rounds, clock.calls) == (1, 3, 4)
+
+
+def test_ours_has_its_rounds_between_those_of_another_and_none_of_its_time(monkeypatch):
+    clock = Clock(0.25)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    turns = []
+
+    def ours():
+        turns.append(clock.calls)
+        clock.now += 2.0**-4
+        return []
+
+    timing = timing_of_calls(Problem(clock.run, []), clock, CPU, 1.5, Problem(ours, []))
+    assert (timing.ms, timing.ours_ms, timing.rounds) == (250, 62.5, 7)
+    assert turns[-6:] == [1, 2, 3, 4, 5, 6]  # one call before each of the six rounds
