@@ -152,8 +152,10 @@ def timing_of_calls(
     most = MOST_ROUNDS if calls.number == 1 else MOST_REPEATED_ROUNDS
     rounds = min(max(int(seconds / (calls.number * calls.fastest)), 1 if calls.fastest > SLOW_SECONDS else 2), most)
     fast = rounds == most
-    setup, in_turn = problem.refill, []
+    setup, in_turn, our_calls = problem.refill, [], None
     if ours is not None:
+        assert problem.refill is None, "what is refilled is not measured in turn"
+        assert ours.refill is None
         our_calls = _Calls(ours, device)
 
         def setup() -> None:
@@ -161,14 +163,13 @@ def timing_of_calls(
 
     # The first calls of a fast one pay for memory that the machine has never touched; of a slow one each call counts.
     benchmark.pedantic(calls.run, setup=setup, iterations=1, rounds=rounds, warmup_rounds=2 if fast else 0)
-    first = [] if fast else calls.first
-    times = [1e3 * seconds for seconds in [*(total / calls.number for total in benchmark.stats.stats.data), *first]]
-    return Timing(
-        statistics.median(times),
-        _interquartile_range(times),
-        len(times),
-        statistics.median(in_turn[-rounds:]) if in_turn else None,
-    )
+    times = [1e3 * total / calls.number for total in benchmark.stats.stats.data]
+    in_turn = in_turn[-rounds:]
+    if not fast:
+        times += [1e3 * seconds for seconds in calls.first]
+        in_turn += [1e3 * seconds for seconds in our_calls.first] if our_calls else []
+    ours_ms = statistics.median(in_turn) if our_calls else None
+    return Timing(statistics.median(times), _interquartile_range(times), len(times), ours_ms)
 
 
 def _interquartile_range(times: list[float]) -> float:

@@ -113,7 +113,7 @@ def markdown(results: list[Result], pictures: list[Path]) -> str:
 
 
 _EXPLANATION = """Medians and interquartile ranges of one run; ratios above 1x are slower than robustloss, which for
-calls of microseconds and for optimizer steps has its rounds between those of each other contestant. GB/s and
+calls of microseconds, and on a CPU for optimizer steps, has its rounds between those of each other contestant. GB/s and
 TFLOP/s count the least work of the pass. "of ceiling" is the fraction of what the machine gave in the same run for a
 plain read or copy, for the regime's matrix products alone, or for torch.sort. "extra MiB" is measured: the peak beyond
 the inputs and the returned gradients. "launches" are the kernels, copies and fills that one call starts on a GPU."""

@@ -134,7 +134,7 @@ def _directional_step(
     rows = processes.agree(len(microbatches), [float(sum(masses))], problem, first[1].device)
     mass = sum(row[0] for row in rows)
     scale = divisor * (1 if group is None else group.size()) / mass if mass else 0.0
-    dtype = _computing_dtype(first[1]) if dtype is None else dtype
+    dtype = _computing_dtype_of(first[1]) if dtype is None else dtype
     step = loss.relative_step(dtype)
     one_sided = loss.penalty == "one_sided"
     stretch, square = (float(loss.stretch), float(loss.mean_square)) if one_sided else (0.0, 0.0)
@@ -203,7 +203,7 @@ def directional_loss(
     """
     training, state = torch.is_grad_enabled(), RandomState()
     with torch.enable_grad():
-        logps, directions = _directions_of(loss, run, state, retain_graph=training, dtype=dtype)
+        logps, directions = _directions_of(loss, run, state, training, dtype)
     if not training:
         return _value_and_metrics(loss, _sums(loss, [directions], None), logps.dtype)
     mass = directions.weights.sum() / 2
@@ -214,13 +214,14 @@ def directional_loss(
     return value + (surrogate - surrogate.detach()), metrics
 
 
-def direction_error(module: Any, batch: dict[str, Tensor]) -> float:
+def direction_error(module: Any, batch: dict[str, Tensor], dtype: torch.dtype | None = None) -> float:
     r"""How far the directional penalty's gradient by the parameters is from the exact one, on one microbatch:
     :math:`\|g - g_{exact}\| / \|g_{exact}\|`, both in the model's own dtype.
 
     Args:
         module: a `robustloss.train.LossModule` around a `WDPOLoss` that is not exact, outside of any engine.
         batch: as for the module.
+        dtype: as for `directional_step`.
 
     Raises:
         ValueError: a model without a right second derivative, as `check_double_backward`; an exact loss.
@@ -241,7 +242,7 @@ def direction_error(module: Any, batch: dict[str, Tensor]) -> float:
 
     with torch.enable_grad():
         state = RandomState()
-        logps, directions = _directions_of(loss, run, state, retain_graph=True)
+        logps, directions = _directions_of(loss, run, state, True, dtype)
         mass = float(directions.weights.sum()) / 2
         factor = 1.0 if loss.squared else _rooted(1.0, float(directions.squares().sum()) / mass)
         ours = gradient_of(_penalty_surrogate(directions, logps, run, factor, state) / mass)
@@ -353,20 +354,23 @@ class _Directions:
 
 
 def _directions_of(
-    loss: Any, run: Any, state: RandomState, *, retain_graph: bool, dtype: torch.dtype | None = None
+    loss: Any, run: Any, state: RandomState, training: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor, _Directions]:
-    """The log-probabilities at z with their graph, and the directions, of one microbatch in a graph of its own."""
+    """The log-probabilities at z with their graph, and the directions, of one microbatch in a graph of its own. Where
+    nothing trains there is no step.
+    """
     arguments, embeddings = run(None)
     logps = _logps(arguments)
-    dtype = _computing_dtype(embeddings) if dtype is None else dtype
-    directions = _Directions(loss, arguments, logps.detach(), embeddings, loss.relative_step(dtype))
+    dtype = _computing_dtype_of(embeddings) if dtype is None else dtype
+    step = loss.relative_step(dtype) if training else math.nan
+    directions = _Directions(loss, arguments, logps.detach(), embeddings, step)
     ones = torch.ones_like(logps)
     # grad_outputs and not logps.sum(), which would have no graph of its own under torch.no_grad.
-    (gradient,) = torch.autograd.grad(logps, embeddings, ones, retain_graph=retain_graph, allow_unused=True)
+    (gradient,) = torch.autograd.grad(logps, embeddings, ones, retain_graph=training, allow_unused=True)
     if gradient is None:
         raise ValueError(OUTSIDE)
     directions.measure(gradient, ones, embeddings.detach())
-    if retain_graph and loss.measures_step(dtype):
+    if training and loss.measures_step(dtype):
         _measure_step(directions, dtype, run, state, None)
     return logps, directions
 
@@ -450,11 +454,15 @@ def _value_and_metrics(loss: Any, sums: dict[str, Tensor], dtype: torch.dtype) -
     return value.to(dtype), {name: metric.to(dtype) for name, metric in metrics.items()}
 
 
-def _computing_dtype(embeddings: Tensor) -> torch.dtype:
+def computing_dtype(embeddings: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """What a model computes in, of embeddings of that dtype and under autocast to the other: float64 is not cast."""
+    return autocast if autocast is not None and embeddings == torch.float32 else embeddings
+
+
+def _computing_dtype_of(embeddings: Tensor) -> torch.dtype:
     device = embeddings.device.type
-    if embeddings.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return embeddings.dtype
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return computing_dtype(embeddings.dtype, autocast)
 
 
 def _logps(arguments: dict[str, Tensor]) -> Tensor:  # [2B], chosen rows first

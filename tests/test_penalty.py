@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustloss import DPOLoss, WDPOLoss
-from robustloss.penalty import direction_error, directional_step
+from robustloss.penalty import computing_dtype, direction_error, directional_step
 
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent / "train"))
@@ -173,6 +173,15 @@ def test_a_one_sided_difference_in_half_precision_wants_a_step(autocast):
             gradient_of_step(LossModule(model, WDPOLoss(penalty="one_sided")), [batch])
         given = LossModule(model, WDPOLoss(penalty="one_sided", step=0.01))
         assert gradient_of_step(given, [batch])[0].isfinite().all()
+        with torch.no_grad():  # where there is nothing to step for
+            values = [LossModule(model, loss)(batch) for loss in (WDPOLoss(penalty="one_sided"), WDPOLoss())]
+        assert torch.equal(*values)
+
+
+def test_autocast_leaves_embeddings_in_float64_alone():
+    assert computing_dtype(torch.float32, torch.bfloat16) == torch.bfloat16
+    assert computing_dtype(torch.float64, torch.bfloat16) == torch.float64
+    assert computing_dtype(torch.float32, None) == torch.float32
 
 
 def test_under_autocast_the_first_step_measures_how_far_to_go():

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 DESCRIPTION = """\
 Measure time and memory of the operations against the alternatives that are installed, and print the ratios.
 
-  robustloss bench                                     everything: about 10 minutes on two cores
+  robustloss bench                                     everything: about 20 minutes on two cores
   robustloss bench --op soft_sort                      one suite
   robustloss bench --op soft_sort --tiny               tiny shapes: tries the suite, measures nothing of use
   robustloss bench --results results                   keep the results in results/, and go on from those there

@@ -14,7 +14,7 @@ from torch import Tensor
 from robustloss.global_batch import GlobalBatch, zero_of
 from robustloss.integrations._window import Window, agree, mass_of, wrong_mass
 from robustloss.losses import DPOLoss
-from robustloss.penalty import check_double_backward, directional_loss, directional_step
+from robustloss.penalty import check_double_backward, computing_dtype, directional_loss, directional_step
 
 shares_of = GlobalBatch(DPOLoss()).shares  # of any mean over samples
 
@@ -46,10 +46,10 @@ class PenaltyPasses:
             raise ValueError(
                 "torch_compile=True leaves out the hook that gives WDPOLoss the input embeddings: set it to False"
             )
-        # Accelerate enters autocast inside the model's forward, and another trainer changes what is read here.
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        self._computing_dtype = autocast or self.model.get_input_embeddings().weight.dtype
         if not self.loss.differentiates_twice:
+            # Accelerate enters autocast inside the model's forward, and another trainer changes what is read here.
+            autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+            self._computing_dtype = computing_dtype(self.model.get_input_embeddings().weight.dtype, autocast)
             self.loss.relative_step(self._computing_dtype)  # refuses what has none
 
     def _penalized_loss(self, model: Any, inputs: Any, window: Window, index: int) -> Tensor:

@@ -134,7 +134,7 @@ class WDPOLoss(StatefulLoss, DPOLoss):
 
     def measures_step(self, dtype: torch.dtype) -> bool:
         """Whether the step for a model that computes in `dtype` is still to be measured."""
-        return self.step is None and dtype in HALF and float(self.measured_step) == 0
+        return self.penalty == "central" and self.step is None and dtype in HALF and float(self.measured_step) == 0
 
     def remember(self, stretch: Tensor, mean_square: Tensor) -> None:
         """Take a step's means into the running ones."""

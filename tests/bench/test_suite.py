@@ -55,6 +55,28 @@ def test_what_is_measured_already_is_skipped(tmp_path):
     assert second.ms > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the suite would measure the GPU, where it takes longer")
+def test_ours_is_measured_in_turn_with_each_peer(tmp_path):
+    command = [sys.executable, "-m", "pytest", "bench", "--op", "coupled_losses", "-k", "KLDPO and tau and not compile"]
+    subprocess.run(
+        [*command, "--tiny", "-p", "no:cacheprovider", "--results", str(tmp_path)],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if "XDIST" not in name} | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    ours, eager = load(tmp_path / file_name())
+    assert (ours.peer, ours.ours_ms, eager.peer) == (OURS, None, "eager torch")
+    assert eager.ours_ms > 0
+    assert eager.ratio_to(ours) == eager.ms / eager.ours_ms
+
+
+def test_a_one_sided_difference_is_measured_where_it_has_a_step():
+    cases = SUITES["training_step"].cases(torch.device("cuda"))
+    assert {case.dtype for case in cases if "one-sided" in case.peer} == {"float32"}
+    assert {case.dtype for case in cases if "one-sided" not in case.peer} == {"float32", "bfloat16"}
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
 def test_ceilings_come_first_and_what_must_compile_last(suite, device):

@@ -18,11 +18,9 @@ import robustloss.kernels
 ROOT = Path(__file__).parents[2]
 
 
-# All of them take minutes.
-TARGETS = [
-    pytest.param(("sm_90",), id="sm_90"),
-    pytest.param(("sm_80", "sm_90", "sm_100", "gfx942"), id="all", marks=pytest.mark.slow),
-]
+# All of them, as without --target, take minutes.
+ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = [pytest.param(("sm_90",), id="sm_90"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -37,7 +35,7 @@ def compiled(request, targets, tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(request.config.cache.mkdir("triton"))  # compiles only what has changed
     command = [sys.executable, "-m", "bench.compile_report", "--json", str(report)]
-    command += [f"--target={target}" for target in targets]
+    command += [] if targets == ALL else [f"--target={target}" for target in targets]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert report.exists(), process.stderr
     return process, json.loads(report.read_text())
@@ -93,10 +91,17 @@ def test_an_offence_is_told_and_makes_the_exit_status_one(
     compile_report, monkeypatch, capsys, kernel, change, complaint
 ):
     row = compile_report.Row(kernel=kernel, variant="made up", target="gfx942", **FINE)
-    monkeypatch.setattr(compile_report, "report", lambda targets: [row, replace(row, **change)])
+    compiled_for = []
+
+    def report(targets):
+        compiled_for.extend(targets)
+        return [row, replace(row, **change)]
+
+    monkeypatch.setattr(compile_report, "report", report)
     monkeypatch.setattr(sys, "argv", ["compile_report"])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert compile_report.main() == 1
+    assert tuple(compiled_for) == ALL
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{kernel} [made up] for gfx942: {complaint}")
 
