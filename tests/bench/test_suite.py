@@ -33,6 +33,18 @@ def tiny(suite, pass_name, peer):
     return Case(suite, suite.tiny_shape, "float32", pass_name, peer)
 
 
+def run_tiny(op: str, selection: str, results: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "bench", "--op", op, "-k", selection, "--tiny"]
+    subprocess.run(
+        [*command, "-p", "no:cacheprovider", "--results", str(results)],
+        cwd=ROOT,
+        # Where these tests themselves run beside each other, pytest-benchmark would measure nothing.
+        env={name: value for name, value in os.environ.items() if "XDIST" not in name} | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the suite would measure the GPU, where it takes longer")
 def test_what_is_measured_already_is_skipped(tmp_path):
     read, copy = (tiny(SEQUENCE, FORWARD, peer) for peer in (READ, COPY))
@@ -40,15 +52,7 @@ def test_what_is_measured_already_is_skipped(tmp_path):
     path = tmp_path / file_name()
     append(path, done.to_line())
     # Ceilings need nothing of robustloss or of other libraries, so they try the machinery in seconds.
-    command = [sys.executable, "-m", "pytest", "bench", "--op", "sequence_logps", "-k", "plain and float32-forward-"]
-    subprocess.run(
-        [*command, "--tiny", "-p", "no:cacheprovider", "--results", str(tmp_path)],
-        cwd=ROOT,
-        # Where these tests themselves run beside each other, pytest-benchmark would measure nothing.
-        env={name: value for name, value in os.environ.items() if "XDIST" not in name} | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
+    run_tiny("sequence_logps", "plain and float32-forward-", tmp_path)
     first, second = load(path)
     assert first == done
     assert (second.peer, second.commit) == (copy.peer, done.commit)
@@ -57,14 +61,7 @@ def test_what_is_measured_already_is_skipped(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the suite would measure the GPU, where it takes longer")
 def test_ours_is_measured_in_turn_with_each_peer(tmp_path):
-    command = [sys.executable, "-m", "pytest", "bench", "--op", "coupled_losses", "-k", "KLDPO and tau and not compile"]
-    subprocess.run(
-        [*command, "--tiny", "-p", "no:cacheprovider", "--results", str(tmp_path)],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if "XDIST" not in name} | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
+    run_tiny("coupled_losses", "KLDPO and tau and not compile", tmp_path)
     ours, eager = load(tmp_path / file_name())
     assert (ours.peer, ours.ours_ms, eager.peer) == (OURS, None, "eager torch")
     assert eager.ours_ms > 0
